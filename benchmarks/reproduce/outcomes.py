@@ -13,6 +13,7 @@ from opacus_pi.evaluation import UnlearningTrace, gap_path, time_to_unlearn
 
 UA, MIA = "unlearning_accuracy", "membership_inference"
 UTILITY = "test_accuracy"
+DRAWN = 1_000  # examples whose scores a result stores
 METRICS = {"UA": UA, "MIA": MIA}  # each gives a time to unlearn
 Sets = Sequence[ForgetSet]
 
@@ -149,6 +150,11 @@ def from_json(values: list) -> np.ndarray:
     """Return the times that ``to_json`` stored; None becomes ``inf``, never."""
     numbers = np.array(values, dtype=np.float64)
     return np.where(np.isnan(numbers), np.inf, numbers)
+
+
+def drawn_examples(number: int) -> np.ndarray:
+    """Return the indices of the examples whose scores a result stores, at random."""
+    return np.random.default_rng(0).permutation(number)[:DRAWN]
 
 
 def rounded_to_json(values: np.ndarray, digits: int = 4) -> list[float]:

@@ -32,61 +32,104 @@ def test_the_papers_figures_come_first_and_in_order():
     assert len(set(names)) == sum(len(one.FIGURES) for one in figures._MODULES)
 
 
-def proxies(mean, other):
-    losses = np.arange(200.0)
-    drawn = {"privacy loss": losses, "mean norm": losses, "EL2N": losses}
+def proxies(mean, other, noise):
+    """Correlations of trainings, and examples of ten classes with noisy scores."""
+    rng, losses = np.random.default_rng(0), np.arange(400.0)
+    scores = [losses + 100 * one * rng.normal(size=400) for one in noise]
+    drawn = {"privacy loss": losses, "mean norm": scores[0], "EL2N": scores[1]}
     rho = {"mean norm": mean, "EL2N": other}
-    return {"rho": rho, "drawn": drawn, "num_examples": 10_000}
+    classes = np.arange(400) % 10
+    return {"rho": rho, "drawn": drawn, "classes": classes.tolist()}
 
 
 @pytest.mark.parametrize(
-    ("mean", "other", "verdict"),
+    ("mean", "other", "noise", "verdict"),
     [
-        ([0.97, 0.98, 0.98], [0.90, 0.92, 0.91], BORNE_OUT),
-        ([0.90, 0.92, 0.91], [0.97, 0.98, 0.98], NOT_BORNE_OUT),
-        ([0.90, 0.98, 0.94], [0.96, 0.91, 0.93], UNDECIDED),
-        ([0.97, 0.98, 0.98], [0.30, 0.31, 0.32], NOT_BORNE_OUT),
+        ([0.97, 0.98, 0.98], [0.90, 0.92, 0.91], (0.1, 0.5), BORNE_OUT),
+        ([0.90, 0.92, 0.91], [0.97, 0.98, 0.98], (0.5, 0.1), NOT_BORNE_OUT),
+        ([0.90, 0.98, 0.94], [0.96, 0.91, 0.93], (0.3, 0.3), UNDECIDED),
+        ([0.97, 0.98, 0.98], [0.90, 0.92, 0.91], (0.3, 0.3), UNDECIDED),
+        ([0.90, 0.98, 0.94], [0.96, 0.91, 0.93], (0.1, 0.5), UNDECIDED),
+        ([0.97, 0.98, 0.98], [0.30, 0.31, 0.32], (0.1, 9.0), NOT_BORNE_OUT),
     ],
 )
-def test_proxies_are_judged_by_seed(mean, other, verdict):
-    found = FIGURES["fig2"].judge(proxies(mean, other))
-    assert found.verdict == verdict and "3 trainings" in found.because
+def test_proxies_are_judged_by_class_and_by_seed(mean, other, noise, verdict):
+    found = FIGURES["fig2"].judge(proxies(mean, other, noise))
+    assert found.verdict == verdict
+    assert "10 classes" in found.because and "3 trainings" in found.because
 
 
-def groups(slope, spread):
+def test_proxies_without_their_classes_are_not_testable():
+    result = proxies([0.97, 0.98, 0.98], [0.90, 0.92, 0.91], (0.1, 0.5))
+    del result["classes"]
+    found = FIGURES["fig2"].judge(result)
+    assert found.verdict == NOT_TESTABLE
+    assert "without the classes of the examples" in found.because
+
+
+def typical(noise):
+    """Examples of ten classes, with a loss and a share of other labels."""
+    rng, losses = np.random.default_rng(0), np.arange(400.0)
+    atypical = losses + 100 * noise * rng.normal(size=400)
+    drawn = {"of another label": atypical, "class": np.arange(400) % 10}
+    shares = dict.fromkeys(("lowest loss", "highest loss", "all"), 0.1)
+    return {
+        "spearman": [0.5, 0.52, 0.51],
+        "drawn": drawn | {"privacy loss": losses},
+        "of_another_label": shares,
+        "neighbours": 10,
+    }
+
+
+@pytest.mark.parametrize(
+    ("noise", "verdict"), [(1.0, BORNE_OUT), (3.5, UNDECIDED), (50.0, NOT_BORNE_OUT)]
+)
+def test_atypical_examples_are_counted_within_classes(noise, verdict):
+    judge, result = FIGURES["fig9"].judge, typical(noise)
+    assert judge(result).verdict == verdict
+    del result["drawn"]
+    assert judge(result).verdict == NOT_TESTABLE
+
+
+def groups(slope, noise=0.05, one_set=0.0):
     """Bounds of ten sets, easiest first, that change by this slope."""
     rng = np.random.default_rng(0)
-    b1 = 10 + slope * np.arange(10) + 0.05 * rng.normal(size=(5, 10))
+    b1 = 10 + slope * np.arange(10) + noise * rng.normal(size=(5, 10))
+    b1[:, 4] += one_set
     return {
         "mean_loss": np.tile(np.arange(10.0), (5, 1)),
         "b1": b1,
-        "b1_std": np.full((5, 10), spread),
+        "b1_std": np.ones((5, 10)),
         "coupled": np.tile(np.arange(10.0), (5, 1)),
         "reliable": np.arange(50).reshape(5, 10) > 2,
     }
 
 
 @pytest.mark.parametrize(
-    ("slope", "spread", "verdict"),
-    [(0.0, 2.0, BORNE_OUT), (0.5, 1.0, "rises"), (-0.5, 1.0, "falls")],
+    ("result", "verdict"),
+    [
+        (groups(0.0), BORNE_OUT),
+        (groups(0.5), NOT_BORNE_OUT),
+        (groups(-0.5), NOT_BORNE_OUT),
+        (groups(0.0, one_set=5.0), NOT_BORNE_OUT),
+        (groups(0.0, noise=2.0), UNDECIDED),
+        (groups(0.0, one_set=-100.0), NOT_TESTABLE),
+    ],
+    ids=["flat", "rises", "falls", "one set", "noise", "below 0"],
 )
-def test_a_group_bound_that_falls_is_not_flat_either(slope, spread, verdict):
-    found = FIGURES["fig4"].judge(groups(slope, spread))
-    changes = verdict in ("rises", "falls")
-    if changes:
-        assert found.verdict == NOT_BORNE_OUT
-    assert found.parts["the same for all"].verdict == (
-        NOT_BORNE_OUT if changes else BORNE_OUT
-    )
-    rises = "does not rise: not borne out" in found.because
-    assert rises == (verdict == "rises")
+def test_group_bounds_are_the_same_only_if_no_two_sets_differ(result, verdict):
+    found = FIGURES["fig4"].judge(result)
+    assert found.verdict == verdict
     assert "3 of 50 values are Monte Carlo means that are too low" in found.because
 
 
 def ranks(pair):
-    matrices = [[[1.0, rho], [rho, 1.0]] for rho in pair]
-    names = ["0.1", "0.01"]
-    return {"names": names, "num_examples": 10_000, "panels": {"digits": matrices}}
+    """Correlations of one pair of noises, by training and by class."""
+    trainings, classes = (
+        [[[1.0, rho], [rho, 1.0]] for rho in some] for some in (pair, pair * 3)
+    )
+    panels = {"panels": {"digits": trainings}, "classes": {"digits": classes}}
+    return {"names": ["0.1", "0.01"], "num_examples": 10_000, **panels}
 
 
 def test_rankings_agree_by_the_interval_of_the_pair_that_agrees_least():
@@ -95,6 +138,15 @@ def test_rankings_agree_by_the_interval_of_the_pair_that_agrees_least():
     assert judge(ranks([0.5, 0.6, 0.5])).verdict == NOT_BORNE_OUT
     unsure = judge(ranks([0.8, 0.99, 0.98]))
     assert unsure.verdict == UNDECIDED and "0.1 and 0.01" in unsure.because
+
+
+def test_rankings_whose_classes_were_not_stored_are_not_testable():
+    result = ranks([0.98, 0.99, 0.98])
+    del result["classes"]
+    found = FIGURES["ranks"].judge(result)
+    assert found.verdict == NOT_TESTABLE
+    assert "0.1 and 0.01: stored without the classes" in found.because
+    assert "over all examples 0.9833" in found.because
 
 
 def test_one_part_that_fails_decides_and_one_that_is_open_leaves_it_open():

@@ -4,9 +4,10 @@ Claim: at equal cost, budgets from the privacy loss leave less of the gap than o
 budget for all sets.
 
 Data, model, seeds, forget sets and settings are those of figure 1 (middle), for three
-methods that train on the retained images. Primary statistic: for each
-set that has something to forget, the gap by UA that a fixed budget leaves, minus the
-gap that its own budget leaves; the mean over sets, with Student's interval over sets.
+methods that train on the retained images. Described, but not judged, because no test
+with 20 sets has any power (see ``judging.budgets``): for each set that has something to
+forget, the gap by UA that a fixed budget leaves, minus the gap that its own budget
+leaves; the mean over sets, with Student's interval over sets.
 A set's own budget is proportional to the time that ``Unlearner.plan``'s fit predicts
 from the *other* sets (the first epoch within five points; a run that never got there
 counts as its length). All budgets are scaled so that both policies cost the same number

@@ -3,15 +3,25 @@
 Both policies cost the same number of epochs. The budget of a set is proportional to the
 time that ``Unlearner.plan``'s fit predicts from the runs of all other sets, so no set
 helps to predict itself.
+
+This is described and not judged. Harder sets gain and easier ones lose, so the mean
+gain is much smaller than its spread over sets. Student's test on 20 sets found even a
+strong simulated effect in one study of ten. With hundreds of sets the test would find
+it, but also confirm a gain that is turned around by sets that are rare and far below.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.reproduce.judging.contrasts import positive
-from benchmarks.reproduce.judging.order import cannot_compare, too_few_sets
-from benchmarks.reproduce.judging.runs import LEAST_GAP, Runs
-from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict
+from benchmarks.reproduce.judging.order import (
+    idle,
+    overshot_or_damaged,
+    too_few_sets,
+    too_little,
+)
+from benchmarks.reproduce.judging.runs import Runs
+from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict, text_of
+from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.unlearning.plan import predict_time
 
 Floats = NDArray[np.float64]
@@ -35,23 +45,29 @@ def predicted_times(losses: Floats, times: Floats, length: float) -> Floats:
 
 
 def gains(runs: Runs, times: Floats) -> Floats:
-    """Return the gap that a fixed budget leaves minus that of the own budget, by set.
+    """Return the gap that a fixed budget leaves minus that of the own budget.
 
     Args:
         runs: The runs; only the judged sets.
         times: Epochs to unlearn, ``(seeds, sets)``; inf: never.
 
     Returns:
-        ``(sets,)``; above 0: the own budget leaves less.
+        ``(seeds, sets)``; above 0: the own budget leaves less.
     """
-    gap = np.abs(runs.gaps).mean(0)
-    length = gap.shape[1] - 1
+    gap, length = np.abs(runs.gaps), runs.num_epochs
     fixed = length / 2
     predicted = predicted_times(runs.difficulty, times, length) + 1e-9
     own = _scaled(predicted, fixed, length)
     epochs = np.arange(length + 1)
-    left = [np.interp(spent, epochs, row) for spent, row in zip(own, gap, strict=True)]
-    return np.array([np.interp(fixed, epochs, row) for row in gap]) - left
+    return np.array(
+        [
+            [
+                np.interp(fixed, epochs, path) - np.interp(spent, epochs, path)
+                for spent, path in zip(own, paths, strict=True)
+            ]
+            for paths in gap
+        ]
+    )
 
 
 def _scaled(predicted: Floats, mean: float, most: float) -> Floats:
@@ -67,15 +83,21 @@ def _scaled(predicted: Floats, mean: float, most: float) -> Floats:
 
 
 def judge_gain(runs: Runs) -> Verdict:
-    """Decide whether budgets from the loss leave less of the gap at equal cost."""
-    judged = runs.of_sets()["initial"] > LEAST_GAP
-    reason = too_few_sets(int(judged.sum()))
-    if reason:
-        return Verdict(NOT_TESTABLE, f"sets with something to forget: {reason}")
-    some = runs.only(judged)
-    reason = cannot_compare(some)
+    """Describe the gain of budgets from the loss; no test of it has any power."""
+    reason = runs.unusable() or too_little(runs)
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    times = np.array([[one.first_time for one in row] for row in some.summaries()])
-    what = "gap left by a fixed budget minus that of budgets from the loss"
-    return positive(gains(some, times)[None], what)
+    judged = runs.something_to_forget()
+    some = runs.rest().only(judged)
+    reason = too_few_sets(int(judged.sum())) or idle(some)
+    reason = reason or overshot_or_damaged(runs.only(judged))
+    if reason:
+        return Verdict(NOT_TESTABLE, reason)
+    near = np.abs(some.to_go) <= some.least_gap
+    times = np.where(near.any(2), near.argmax(2), np.inf)
+    found = mean_interval(gains(some, times).mean(0))
+    return Verdict(
+        NOT_TESTABLE,
+        f"a mean gain over {judged.sum()} sets is too small to be tested; gap left by "
+        f"a fixed budget minus that of budgets from the loss: {text_of(found)}",
+    )

@@ -1,10 +1,19 @@
-"""Rank correlations over many examples, one for each training.
+"""Rank correlations over many examples, with the class as the unit.
 
-Two errors add up: trainings differ (Student's interval over seeds), and the examples
-are a sample (normal interval, Bonett and Wright 2000). All trainings have the same
-examples, so more seeds do not reduce the second error. The interval covers both and is
-cut at -1 and 1.
+Examples of one class resemble each other, and so do near copies of one image. So
+thousands of examples are a sample of a few classes, and a score that only tells classes
+apart would correlate with any other such score. The correlation is therefore measured
+*within* each class, by scores averaged over the trainings; the classes are the sample.
+Trainings differ, too: the correlations over all examples of each training say by how
+much. All trainings have the same examples, so more trainings do not reduce the first
+error.
+
+Correlations are transformed by Fisher's artanh, so that an interval never leaves
+[-1, 1]. Student's intervals over classes and over trainings are added as independent
+errors.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,88 +25,124 @@ from benchmarks.reproduce.judging.verdicts import (
     NOT_TESTABLE,
     UNDECIDED,
     Verdict,
+    not_finite,
+    of_interval,
     text_of,
 )
 from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
 
 Floats = NDArray[np.float64]
-_FEWEST = 3  # trainings
-_RESAMPLED = 400
+FEWEST_TRAININGS = 3
+FEWEST_CLASSES = 5
+_ONE = 1 - 1e-9  # the largest correlation whose artanh is used
 
 
-def correlation(rho: ArrayLike, num_examples: int) -> ConfidenceInterval:
-    """Return the mean correlation with an interval over trainings and examples.
+@dataclass(frozen=True)
+class Correlations:
+    """Spearman's rank correlations of two scores.
 
-    Args:
-        rho: Spearman's rank correlation of each training, ``(seeds,)``.
-        num_examples: Number of examples that were ranked.
+    Attributes:
+        of_trainings: Over all examples, for each training, ``(trainings,)``.
+        of_classes: Within each class, by scores averaged over the trainings,
+            ``(classes,)``; empty if the examples were stored without their classes.
     """
-    seeds = mean_interval(np.clip(rho, -1, 1))
-    half = seeds.high - seeds.estimate
-    middle = np.arctanh(np.clip(seeds.estimate, -1 + 1e-9, 1 - 1e-9))
-    error = np.sqrt((1 + seeds.estimate**2 / 2) / max(1, num_examples - 3))
-    ends = np.tanh(middle + stats.norm.ppf([0.025, 0.975]) * error)
-    below, above = seeds.estimate - ends[0], ends[1] - seeds.estimate
-    return ConfidenceInterval(
-        seeds.estimate,
-        float(max(-1.0, seeds.estimate - np.hypot(half, below))),
-        float(min(1.0, seeds.estimate + np.hypot(half, above))),
-    )
+
+    of_trainings: Floats
+    of_classes: Floats
+
+    def unusable(self) -> str:
+        """Return why nothing can be said from these numbers; empty if it can."""
+        trainings, classes = len(self.of_trainings), len(self.of_classes)
+        if trainings < FEWEST_TRAININGS:
+            return f"{trainings} trainings; at least {FEWEST_TRAININGS} are needed"
+        if not classes:
+            return (
+                "stored without the classes of the examples, which are the unit of the "
+                f"test (over all examples {self.of_trainings.mean():.4f})"
+            )
+        if classes < FEWEST_CLASSES:
+            return f"{classes} classes; at least {FEWEST_CLASSES} are needed"
+        return not_finite(
+            {
+                "correlations of trainings": self.of_trainings,
+                "correlations within classes": self.of_classes,
+            }
+        )
+
+    def text(self) -> str:
+        """Return the number of classes, and the correlation over all examples."""
+        return (
+            f"{len(self.of_classes)} classes; over all examples "
+            f"{self.of_trainings.mean():.3f}, {len(self.of_trainings)} trainings"
+        )
 
 
-def above(rho: ArrayLike, num_examples: int, least: float, digits: int = 3) -> Verdict:
-    """Decide whether a correlation is above a limit.
+def within_classes(first: ArrayLike, second: ArrayLike, labels: ArrayLike) -> Floats:
+    """Return Spearman's rank correlation of two scores within each class.
 
     Args:
-        rho: As for ``correlation``.
-        num_examples: As for ``correlation``.
+        first: One score, ``(n,)``.
+        second: Another score, ``(n,)``.
+        labels: The class of each example, ``(n,)``.
+
+    Returns:
+        ``(classes,)``; NaN where a score does not vary within a class.
+    """
+    scores, classes = np.array([first, second], dtype=np.float64), np.asarray(labels)
+    return np.array([_spearman(scores[:, classes == k]) for k in np.unique(classes)])
+
+
+def _spearman(scores: Floats) -> float:
+    ranks = stats.rankdata(scores, axis=1)
+    if not ranks.std(1).all():
+        return float("nan")
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def correlation(found: Correlations) -> ConfidenceInterval:
+    """Return the mean correlation within classes, with its 95 % interval."""
+    z = (np.arctanh(np.clip(v, -_ONE, _ONE)) for v in _parts(found))
+    return ConfidenceInterval(*map(float, np.tanh(_interval(*z))))
+
+
+def _parts(found: Correlations) -> tuple[Floats, Floats]:
+    return found.of_classes, found.of_trainings
+
+
+def _interval(classes: Floats, trainings: Floats) -> ConfidenceInterval:
+    """Return the mean over classes, with an interval over classes and trainings."""
+    halves = [
+        one.high - one.estimate for one in map(mean_interval, (classes, trainings))
+    ]
+    middle, half = float(classes.mean()), float(np.hypot(*halves))
+    return ConfidenceInterval(middle, middle - half, middle + half)
+
+
+def above(found: Correlations, least: float, digits: int = 3) -> Verdict:
+    """Decide whether a correlation is above a limit that was fixed beforehand.
+
+    Args:
+        found: The correlations.
         least: The limit.
         digits: Decimal places of the text.
     """
-    found, seeds = correlation(rho, num_examples), np.size(rho)
-    text = f"{text_of(found, digits)}, {seeds} trainings, {num_examples:,} examples"
-    if seeds < _FEWEST:
-        return Verdict(NOT_TESTABLE, text)
-    if found.low > least:
+    reason = found.unusable()
+    if reason:
+        return Verdict(NOT_TESTABLE, reason)
+    inside = correlation(found)
+    text = f"{text_of(inside, digits)} against {least:g} within {found.text()}"
+    if inside.low > least:
         return Verdict(BORNE_OUT, text)
-    return Verdict(NOT_BORNE_OUT if found.high < least else UNDECIDED, text)
+    return Verdict(NOT_BORNE_OUT if inside.high < least else UNDECIDED, text)
 
 
-def ahead(rho: Floats, other: Floats, resampled: Floats) -> ConfidenceInterval:
-    """Return by how much one correlation exceeds another on the same examples.
-
-    Args:
-        rho: Correlations of each training, ``(seeds,)``.
-        other: Those of the other score.
-        resampled: Differences on resampled examples, from ``resample``.
-    """
-    seeds = mean_interval(rho - other)
-    half = seeds.high - seeds.estimate
-    low, high = np.quantile(resampled - resampled.mean(), [0.025, 0.975])
-    return ConfidenceInterval(
-        seeds.estimate,
-        float(seeds.estimate - np.hypot(half, low)),
-        float(seeds.estimate + np.hypot(half, high)),
+def ahead(found: Correlations, other: Correlations) -> Verdict:
+    """Decide whether one correlation exceeds another on the same examples."""
+    reason = found.unusable() or other.unusable()
+    if reason:
+        return Verdict(NOT_TESTABLE, reason)
+    both = zip(_parts(found), _parts(other), strict=True)
+    lead = _interval(*(one - two for one, two in both))
+    return Verdict(
+        of_interval(lead.low, lead.high), f"by {text_of(lead)} within {found.text()}"
     )
-
-
-def resample(losses: ArrayLike, first: ArrayLike, second: ArrayLike) -> Floats:
-    """Return differences of two correlations with the losses, on resampled examples.
-
-    Args:
-        losses: Privacy losses, ``(n,)``.
-        first: One score, ``(n,)``.
-        second: Another score, ``(n,)``.
-
-    Returns:
-        ``rho(first) - rho(second)`` on each bootstrap sample of the examples.
-    """
-    x, a, b = (np.asarray(one, dtype=np.float64) for one in (losses, first, second))
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(_RESAMPLED):
-        rows = rng.integers(len(x), size=len(x))
-        ranks = stats.rankdata(np.array([x[rows], a[rows], b[rows]]), axis=1)
-        table = np.corrcoef(ranks)
-        found.append(table[0, 1] - table[0, 2])
-    return np.array(found)

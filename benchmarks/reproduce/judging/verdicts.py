@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
 
@@ -32,7 +33,8 @@ class Verdict:
 
     Attributes:
         verdict: ``BORNE_OUT``, ``NOT_BORNE_OUT``, ``UNDECIDED`` or ``NOT_TESTABLE``;
-            empty for a remark, which does not count.
+            ``HOLDS`` or ``DOES_NOT_HOLD`` if it was computed; empty for a remark, which
+            does not count.
         reason: The numbers behind it, in one sentence.
         parts: The verdicts on the parts of the claim, by name.
     """
@@ -76,6 +78,24 @@ class Verdict:
             content["because"],
             {name: Verdict.from_json(one) for name, one in parts},
         )
+
+
+def not_finite(named: dict[str, ArrayLike]) -> str:
+    """Return which values are missing, NaN or infinite; empty if all are numbers.
+
+    Comparisons with NaN are false, so that a guard or a count would pass over it.
+
+    Args:
+        named: Values by the name that the text gives them.
+    """
+    for name, values in named.items():
+        array = np.asarray(values, dtype=np.float64)
+        bad = int((~np.isfinite(array)).sum())
+        if bad:
+            return f"{name}: {bad} of {array.size} values are NaN or infinite"
+        if not array.size:
+            return f"{name}: there is no value"
+    return ""
 
 
 def sentences(*texts: str) -> str:

@@ -1,0 +1,113 @@
+"""Are values the same on all sets? Each set has to show it, within a fixed margin.
+
+A difference that was not found is no evidence that there is none: noise alone hides it.
+So the claim is the alternative of the test, not its null: a difference as large as the
+margin must be ruled out. That takes two one-sided tests (TOST), or what is the same,
+a confidence interval that lies within the margin. The margin is an argument, fixed in
+the header of the figure; it is never computed from the spread of the values, which
+would forgive noise.
+
+One set that differs must not hide among others, so every pair of sets is tested. The
+claim is confirmed only if all tests confirm it, so each of them can have the full level
+(an intersection-union test). The claim is about the sets that were measured; what
+varies is the training.
+"""
+
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from benchmarks.reproduce.judging.order import LEVEL, too_few_sets
+from benchmarks.reproduce.judging.verdicts import (
+    BORNE_OUT,
+    NOT_BORNE_OUT,
+    NOT_TESTABLE,
+    UNDECIDED,
+    Verdict,
+    not_finite,
+)
+
+Floats = NDArray[np.float64]
+FEWEST_TRAININGS = 3
+
+
+def alike(values: ArrayLike, limit: float, what: str) -> Verdict:
+    """Decide whether all sets lie within a margin of each other.
+
+    Args:
+        values: ``(seeds, sets)``.
+        limit: Largest difference of two sets that counts as alike, fixed beforehand.
+        what: What the values are, for the text.
+    """
+    of_sets = np.asarray(values, dtype=np.float64)
+    reason = _unusable(of_sets)
+    if reason:
+        return Verdict(NOT_TESTABLE, reason)
+    left, right = np.array(list(combinations(range(of_sets.shape[1]), 2))).T
+    apart = of_sets[:, left] - of_sets[:, right]
+    error = apart.std(0, ddof=1) / np.sqrt(len(apart))
+    if not error.any():
+        return Verdict(NOT_TESTABLE, "all trainings gave the same numbers")
+    middle, freedom = np.abs(apart.mean(0)), len(apart) - 1
+    largest = float((middle + stats.t.isf(LEVEL, freedom) * error).max())
+    surely = float((middle - stats.t.isf(LEVEL / len(middle), freedom) * error).max())
+    means = of_sets.mean(0)
+    text = (
+        f"{what} of the sets from {means.min():.3f} to {means.max():.3f}; any two sets "
+        f"differ by at most {largest:.3f} (95 % limit), margin {limit:.3f}, "
+        f"{_counted(of_sets)}"
+    )
+    return Verdict(_kind(largest < limit, surely > limit), text)
+
+
+def at_most(
+    values: ArrayLike, baseline: ArrayLike, factor: float, what: str
+) -> Verdict:
+    """Decide whether every set's value is at most a multiple of its own baseline.
+
+    Args:
+        values: ``(seeds, sets)``.
+        baseline: Values of all pairs of the models to compare with, ``(sets, pairs)``.
+            Pairs share models, so they count as half as many values as there are
+            models.
+        factor: The multiple, fixed beforehand.
+        what: What the values are, for the text.
+    """
+    of_sets, pairs = (np.asarray(v, dtype=np.float64) for v in (values, baseline))
+    reason = _unusable(of_sets) or not_finite({"baseline": pairs})
+    if reason:
+        return Verdict(NOT_TESTABLE, reason)
+    seeds, models = len(of_sets), (1 + np.sqrt(1 + 8 * pairs.shape[1])) / 2
+    excess = of_sets.mean(0) - factor * pairs.mean(1)
+    error = np.sqrt(
+        of_sets.var(0, ddof=1) / seeds + factor**2 * pairs.var(1, ddof=1) / (models / 2)
+    )
+    freedom = min(seeds, models) - 1
+    largest = float((excess + stats.t.isf(LEVEL, freedom) * error).max())
+    surely = float((excess - stats.t.isf(LEVEL / len(excess), freedom) * error).max())
+    text = (
+        f"{what} {of_sets.mean():.3f} against {pairs.mean():.3f}; on the worst set at "
+        f"most {largest:+.3f} (95 % limit) beyond {factor:g} times its baseline, "
+        f"{_counted(of_sets)}"
+    )
+    return Verdict(_kind(largest < 0, surely > 0), text)
+
+
+def _unusable(values: Floats) -> str:
+    """Return why nothing can be said from values ``(seeds, sets)``; empty if it can."""
+    seeds, sets = values.shape
+    if seeds < FEWEST_TRAININGS:
+        return f"{seeds} trainings; at least {FEWEST_TRAININGS} are needed"
+    return too_few_sets(sets) or not_finite({"value of a set": values})
+
+
+def _counted(values: Floats) -> str:
+    return f"{values.shape[1]} sets, {values.shape[0]} trainings"
+
+
+def _kind(within: bool, beyond: bool) -> str:
+    if within:
+        return BORNE_OUT
+    return NOT_BORNE_OUT if beyond else UNDECIDED
