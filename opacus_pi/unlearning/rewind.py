@@ -594,7 +594,8 @@ class RecordedTraining:
         pair = EpsilonDelta(
             policy.epsilon, policy.delta, "the deletion policy", both_directions=True
         )
-        curve = [math.nextafter(a * policy.mu**2 / 2, math.inf) for a in _ORDERS]
+        mu = policy.mu  # solved for each time that it is asked
+        curve = [math.nextafter(a * mu**2 / 2, math.inf) for a in _ORDERS]
         return guarantee_of_run(
             f"filtered rewind {_ALIKE}",
             [proof, made, noise, *facts],
