@@ -236,13 +236,18 @@ def test_updates_by_hand_are_noticed(engine):
 
 
 def test_an_interrupted_run_is_remembered(engine):
-    mine = of(engine)
+    """After its first update: a run that made none leaves nothing behind."""
+    mine, calls = of(engine), []
 
     def interrupt(model):
-        raise KeyboardInterrupt
+        calls.append(model)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return {"accuracy": 0.5}
 
     with pytest.raises(KeyboardInterrupt):
         mine.unlearn(data(), [3], 1, evaluate=interrupt)
+    assert len(calls) == 2
     assert mine.plan([3]).guarantee.kind == "empirical"
 
 
