@@ -142,3 +142,23 @@ class Training:
         fresh = Net()
         fresh.load_state_dict(copy.deepcopy(self.net.state_dict()))
         return fresh
+
+
+def prepared(model, data_set, mode="hooks", *, criterion=None):
+    """Prepare a run in batches of eight; return engine, model, optimizer, loss, loader.
+
+    In ghost clipping the loss is a wrapper of ``criterion``.
+    """
+    engine = PrivacyEngine()
+    options = {} if criterion is None else {"criterion": criterion}
+    found = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data_set, batch_size=8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+        **options,
+    )
+    return engine, found[0], found[1], found[2], found[-1]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
-from opacus_pi import PrivacyEngine
+from tests.private_training import prepared
 
 N, D, CLASSES = 40, 5, 3
 
@@ -67,20 +67,8 @@ class Noisy(nn.CrossEntropyLoss):
 def prepare(mode, criterion=None):
     torch.manual_seed(0)
     x, y = torch.randn(N, D), torch.randint(CLASSES, (N,))
-    engine = PrivacyEngine()
     model = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, CLASSES))
-    options = {} if criterion is None else {"criterion": criterion}
-    found = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(x, y), batch_size=8),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        poisson_sampling=False,
-        grad_sample_mode=mode,
-        **options,
-    )
-    return engine, found[0], found[1], found[2], found[-1]
+    return prepared(model, TensorDataset(x, y), mode, criterion=criterion)
 
 
 def loss_link(engine):

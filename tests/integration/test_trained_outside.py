@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from opacus_pi._torch_compat import run_backward_in_modes, starts_of_backward
-from opacus_pi.integration.engine import PrivacyEngine
+from tests.private_training import prepared
 
 N, D = 32, 6
 MODES = ("hooks", "functorch", "ew", "fast")
@@ -26,19 +26,7 @@ def prepare(model, mode="hooks", *, criterion=None):
     """
     torch.manual_seed(0)
     x, y = torch.randn(N, D), torch.arange(N) % 3
-    engine = PrivacyEngine()
-    options = {} if criterion is None else {"criterion": criterion}
-    found = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(x, y), batch_size=8),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        poisson_sampling=False,
-        grad_sample_mode=mode,
-        **options,
-    )
-    return engine, found[0], found[1], found[2], found[-1]
+    return prepared(model, TensorDataset(x, y), mode, criterion=criterion)
 
 
 def classifier():
