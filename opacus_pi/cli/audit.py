@@ -11,7 +11,7 @@ from typing import Any
 from opacus_pi.cli.errors import DONE, FAILED, BadInput
 from opacus_pi.cli.inputs import import_criterion, import_data_set, load_model
 from opacus_pi.cli.output import answer
-from opacus_pi.integration.audit import Examples
+from opacus_pi.integration.audited_run import Examples
 from opacus_pi.integration.engine import audit
 
 FORMAT = "opacus_pi.cli.audit.v1"

@@ -37,7 +37,7 @@ from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.custody.finding import Finding
 from opacus_pi.custody.function_copies import copied_if_possible
 from opacus_pi.gradients.fallback import MODEL_ERRORS
-from opacus_pi.models.batches import map_tensors
+from opacus_pi.models.batches import map_tensors, num_examples
 from opacus_pi.models.own_losses import CoupledLoss, Criterion, OwnLosses
 
 __all__ = ["LossProbe"]
@@ -101,11 +101,11 @@ class LossProbe:
 
         Args:
             outputs: The outputs that the criterion was given, ``(b, ...)``; only read.
-            targets: Its targets, length ``b``.
+            targets: Its targets: one tensor, or several in any nesting.
         """
         if isinstance(outputs, Tensor) and not self._is_output(outputs):
             self._chain.leave_unchecked("loss", _COMPUTED, warn=False)
-        if self._is_settled or not isinstance(targets, Tensor) or len(targets) < 2:
+        if self._is_settled or num_examples(targets) < 2:
             return
         self._num_batches += 1
         is_first = self._num_batches <= _NUM_BATCHES
@@ -119,7 +119,7 @@ class LossProbe:
             self._chain.leave_unchecked("loss", _SOMETIMES, warn=False)
         finding.tell(self._chain, "loss")
 
-    def _probe(self, outputs: Any, targets: Tensor) -> Finding:
+    def _probe(self, outputs: Any, targets: Any) -> Finding:
         """Evaluate the criterion as ``OwnLosses`` does."""
         try:
             losses = OwnLosses(

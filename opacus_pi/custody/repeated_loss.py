@@ -39,7 +39,7 @@ from opacus_pi.custody.chain import Chain
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.custody.function_copies import copied_if_possible
 from opacus_pi.gradients.fallback import MODEL_ERRORS
-from opacus_pi.models.batches import map_tensors, tensors_of
+from opacus_pi.models.batches import map_tensors, num_examples, tensors_of
 from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.models.own_losses import Criterion
 
@@ -101,13 +101,14 @@ class RepeatedLoss:
             outputs: As for ``saw``.
             targets: As for ``saw``.
         """
-        if self._is_told or not isinstance(targets, Tensor) or not targets.dim():
+        size = num_examples(targets)
+        if self._is_told or not size:
             return
         try:
             kept = self._kept
             if kept is not None:
                 self._tell_if(_differ(self._losses(kept.batch), kept.losses))
-            batch = _examples_of((outputs, targets), len(targets))
+            batch = _examples_of((outputs, targets), size)
             self._kept = None if batch is None else _Kept(batch, self._losses(batch))
         except MODEL_ERRORS:
             self._kept = None  # the probe of the criterion says why it cannot run

@@ -25,6 +25,7 @@ from opacus_pi.models.batches import (
     arguments,
     forward,
     map_tensors,
+    num_examples,
     reached,
     rows,
     unsqueeze,
@@ -187,7 +188,7 @@ def looped_squares(
     """
     found, all_outputs = [], []
     with _only_trainable(model, parameters):
-        for i in range(len(y)):
+        for i in range(num_examples(y)):
             outputs = forward(model, rows(x, i, i + 1))
             cotangents, scales = unit_cotangents(losses, outputs, rows(y, i, i + 1))
             squares = _squares(outputs, parameters, cotangents)

@@ -37,6 +37,7 @@ from opacus_pi.models.batches import (
     forward,
     give_only_logits,
     inputs_and_targets,
+    num_examples,
     rows,
     size_of,
     to_device,
@@ -272,7 +273,7 @@ class _Gradients:
                 raise_if_out_of_memory(error)
                 self._vectorised = False
         found = []
-        for i in range(len(y)):
+        for i in range(num_examples(y)):
             one = self._loss_sum(rows(x, i, i + 1), rows(y, i, i + 1), None)
             found.append(torch.cat([g.flatten() for g in _grad(one, chosen)]))
         return torch.stack(found)
@@ -315,8 +316,9 @@ class _Gradients:
         weights = torch.from_numpy(factors[batch])
         done = 0
         for x, y in loader(batch):
-            part = weights[done : done + len(y)].to(self.device)
-            done += len(y)
+            size = num_examples(y)
+            part = weights[done : done + size].to(self.device)
+            done += size
             gradients = _grad(self._loss_sum(x, y, part), self._trainable)
             for sum_, gradient in zip(total.values(), gradients, strict=True):
                 sum_ += gradient

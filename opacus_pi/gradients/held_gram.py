@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
 from opacus_pi.gradients.norm_engine import NormEngine
-from opacus_pi.models.batches import map_tensors
+from opacus_pi.models.batches import map_tensors, num_examples
 
 __all__ = ["ProductSum", "tapped_gram"]
 
@@ -114,7 +114,7 @@ def _bytes_per_example(engine: NormEngine, batches: Batches) -> dict[str, int]:
     found, _ = engine.held(x, y, set(engine.tapped))
     sizes = {}
     for name, parameter in engine.tapped.items():
-        used = found[name].num_entries // len(y) if name in found else 0
+        used = found[name].num_entries // num_examples(y) if name in found else 0
         width = max(4, parameter.dtype.itemsize)
         sizes[name] = width * min(used, parameter.numel())
     return sizes

@@ -48,6 +48,7 @@ from opacus_pi.models.batches import (
     forward,
     give_only_logits,
     map_tensors,
+    num_examples,
     reached,
     rows,
 )
@@ -199,7 +200,7 @@ class NormEngine:
             As :meth:`squares`; ``None`` if each example must be differentiated alone.
         """
         try:
-            self._search_position_tables(x, len(y))
+            self._search_position_tables(x, num_examples(y))
             squares, outputs = self._batched(x, y)
             if self._checked or self._checks(squares, x, y):
                 return squares, outputs
@@ -323,7 +324,7 @@ class NormEngine:
             before, ``(b,)``; ``None`` if the pass must be repeated. Its tensors are
             freed then, which are large for a large vocabulary.
         """
-        with self._taps.intercepting(len(y)):
+        with self._taps.intercepting(num_examples(y)):
             outputs = self._forward(x)
             if not self._checked:
                 require_own_parameters(outputs, self._live_parameters())

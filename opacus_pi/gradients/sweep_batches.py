@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from opacus_pi._torch_compat import pytree
 from opacus_pi.gradients.fallback import MODEL_ERRORS, raise_if_out_of_memory
-from opacus_pi.models.batches import forward, rows
+from opacus_pi.models.batches import forward, num_examples, rows
 from opacus_pi.models.copies import evaluation_copy
 
 __all__ = ["SMALLEST", "examples_at_once", "in_halves"]
@@ -85,15 +85,16 @@ def in_halves(squares: Squares, x: Any, y: Any) -> tuple[Tensor, Any]:
     Raises:
         torch.OutOfMemoryError: If not even ``SMALLEST`` examples fit.
     """
+    size = num_examples(y)
     try:
         return squares(x, y)
     except torch.OutOfMemoryError:
-        if len(y) <= SMALLEST:
+        if size <= SMALLEST:
             raise
-    middle = len(y) // 2
+    middle = size // 2
     halves = [
         in_halves(squares, rows(x, *ends), rows(y, *ends))
-        for ends in ((0, middle), (middle, len(y)))
+        for ends in ((0, middle), (middle, size))
     ]
     found, outputs = zip(*halves, strict=True)
     return torch.cat(found), pytree.tree_map(lambda *p: torch.cat(p), *outputs)

@@ -36,7 +36,12 @@ from opacus_pi.gradients.joblib_workers import (
 from opacus_pi.gradients.kept_engine import kept_engine
 from opacus_pi.gradients.norm_engine import NormEngine
 from opacus_pi.gradients.sweep_batches import SMALLEST, examples_at_once, in_halves
-from opacus_pi.models.batches import inputs_and_targets, size_of, to_device
+from opacus_pi.models.batches import (
+    inputs_and_targets,
+    num_examples,
+    size_of,
+    to_device,
+)
 from opacus_pi.models.copies import evaluation_copy
 from opacus_pi.models.no_trace import isolated
 from opacus_pi.models.own_losses import Criterion
@@ -325,7 +330,7 @@ class _Batches:
         with bar:
             for x, y in self._loaded(batch_size, chosen, size):
                 yield x, y
-                bar.update(len(y))
+                bar.update(num_examples(y))
 
     def _loaded(
         self, batch_size: int | None, chosen: Callable[[Any], int], size: int

@@ -37,18 +37,19 @@ from opacus_pi.custody.function_copies import copy_of_function
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audit import (
     Audit,
-    AuditedRun,
     AuditRow,
-    Examples,
-    TrainedLoss,
     audit_batch,
     finding_of,
+    times_as_large,
+)
+from opacus_pi.integration.audited_run import AuditedRun, Examples
+from opacus_pi.integration.audited_update import (
+    TrainedLoss,
     largest_gap,
     measuring,
     norms_alone,
     quiet_copy,
     rounding_of,
-    times_as_large,
 )
 from opacus_pi.models.batches import (
     device_of,

@@ -38,7 +38,8 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_pi.integration.audit import Audit, AuditedRun, audit_batch
+from opacus_pi.integration.audit import Audit, audit_batch
+from opacus_pi.integration.audited_run import AuditedRun
 from opacus_pi.integration.mixin import PerInstanceMixin
 
 __all__ = ["PerInstanceMixin", "PrivacyEngine", "audit"]

@@ -44,8 +44,8 @@ from opacus_pi.custody import Chain
 from opacus_pi.custody.checked_updates import checked_updates
 from opacus_pi.custody.repeated_loss import RepeatedLoss
 from opacus_pi.gradients.fallback import MODEL_ERRORS
-from opacus_pi.integration.audit import (
-    AuditedRun,
+from opacus_pi.integration.audited_run import AuditedRun
+from opacus_pi.integration.audited_update import (
     OutputGradients,
     TrainedLoss,
     largest_gap,

@@ -25,7 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from opacus_pi.integration.accountants import PerInstanceAccountant
-from opacus_pi.integration.audit import Audit, audited_run
+from opacus_pi.integration.audit import Audit
+from opacus_pi.integration.audited_run import audited_run
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.compatible import make_compatible
 from opacus_pi.integration.derived import (

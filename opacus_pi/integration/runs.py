@@ -25,7 +25,7 @@ from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import MODEL_NOT_RUN
 from opacus_pi.custody.weights import WeightSnapshot
-from opacus_pi.integration.audit import AuditedRun, audited_run
+from opacus_pi.integration.audited_run import AuditedRun, audited_run
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.checks import (
     OutsideChanges,

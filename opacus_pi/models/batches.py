@@ -8,7 +8,7 @@ outputs as trees of tensors whose first dimension counts the examples.
 ({'input_ids': [[7, 8]]}, [1])
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -57,6 +57,22 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
 def size_of(data_set: Dataset[Any]) -> int:
     """Return the number of examples of a map-style data set."""
     return len(data_set)  # type: ignore[arg-type]  # torch: Dataset has no __len__
+
+
+def num_examples(targets: Any) -> int:
+    """Return the number of examples of a batch.
+
+    Args:
+        targets: Its targets: one tensor, or several in any nesting, as a model with
+            several heads has them. The first of them counts. 0 if it has no length.
+
+    >>> num_examples((torch.zeros(8), torch.zeros(8, 3)))
+    8
+    """
+    tensors = tensors_of(targets)
+    if not tensors:
+        return len(targets) if isinstance(targets, Sized) else 0
+    return next((len(tensor) for tensor in tensors if tensor.dim()), 0)
 
 
 def forward(model: nn.Module, x: Any) -> Any:

@@ -33,7 +33,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from opacus_pi.models.batches import map_tensors
+from opacus_pi.models.batches import map_tensors, num_examples
 from opacus_pi.models.no_trace import random_state_untouched
 
 __all__ = [
@@ -162,7 +162,7 @@ class OwnLosses:
         Raises:
             CoupledLoss: If a loss differs.
         """
-        size = len(targets)
+        size = num_examples(targets)
         with torch.no_grad(), random_state_untouched():
             losses = self._own(outputs, targets)
             torch.rand(())
@@ -205,7 +205,7 @@ class OwnLosses:
     def _own(self, outputs: Any, targets: Any) -> Tensor:
         """Return the losses ``(b,)`` without looking for coupled examples."""
         values = self._each(outputs, targets)
-        check_losses(values, len(targets))
+        check_losses(values, num_examples(targets))
         if values.dim() == 1:
             return values
         entries = values.flatten(1)
@@ -232,7 +232,7 @@ class OwnLosses:
         Raises:
             CoupledLoss: If an example's loss depends on the others.
         """
-        size = len(targets)
+        size = num_examples(targets)
         with torch.no_grad(), random_state_untouched():
             losses = self._own(outputs, targets)
         for kept, by_one in itertools.product((0, 1), (False, True)):

@@ -40,7 +40,13 @@ from torch.utils.data import DataLoader, Dataset
 from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
-from opacus_pi.models.batches import device_of, forward, inputs_and_targets, to_device
+from opacus_pi.models.batches import (
+    device_of,
+    forward,
+    inputs_and_targets,
+    num_examples,
+    to_device,
+)
 from opacus_pi.models.copies import independent_copy, unwrap
 from opacus_pi.models.losses import float64_losses
 from opacus_pi.models.no_trace import evaluating, random_state_untouched
@@ -379,4 +385,4 @@ def _mean_loss(
         total = sum(
             float(losses(forward(model, x), y).double().sum()) for x, y in batches
         )
-    return total / sum(len(y) for _, y in batches)
+    return total / sum(num_examples(y) for _, y in batches)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi._validate import expect, positive
 from opacus_pi.gradients import per_example_grad_norms
-from opacus_pi.models.batches import forward, size_of
+from opacus_pi.models.batches import forward, num_examples, size_of
 from opacus_pi.models.own_losses import Criterion
 
 Batch = tuple[Any, Any]
@@ -348,7 +348,7 @@ def mean_loss(task: Task, batch: Batch | None) -> Tensor:
         "only some updates use a batch, do not compute its loss where it is None.",
     )
     x, y = cast(Batch, batch)
-    if len(y) == 0:
+    if num_examples(y) == 0:
         return _zero(task.model)
     return task.criterion(forward(task.model, x), y).mean()
 
@@ -366,7 +366,7 @@ def clipped_loss(task: Task, batch: Batch, max_grad_norm: float) -> Tensor:
         max_grad_norm: C.
     """
     x, y = batch
-    if len(y) == 0:
+    if num_examples(y) == 0:
         return _zero(task.model)
     task.model.eval()
     norms = per_example_grad_norms(task.model, task.criterion, x, y)
