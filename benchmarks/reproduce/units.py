@@ -9,6 +9,7 @@ The name of a unit's class is part of its key in the store. A renamed class lose
 stored results of its kind.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,8 +28,6 @@ from benchmarks.reproduce.workspace import Workspace, scores_of
 from opacus_pi.difficulty.agreement import rank_correlations, rank_stability
 from opacus_pi.evaluation import OracleCache, evaluate
 from opacus_pi.unlearning.search import search_settings
-
-_ORACLE_SEED = 10_000
 
 
 class Unit:
@@ -114,12 +113,13 @@ class Oracle(Unit):
         def retrain(kept: np.ndarray, seed: int) -> nn.Module:
             return workspace.train(experiment, Subset(images.train, kept), seed, 1)[0]
 
+        forget = self.forget_set.indices(workspace, experiment)
         (model,) = OracleCache(workspace.directory / "oracles").train(
             retrain,
             key=experiment.training_facts() | workspace.content_facts(experiment),
             data_set=images.train,
-            forget_indices=self.forget_set.indices(workspace, experiment),
-            seeds=[_ORACLE_SEED + self.number],
+            forget_indices=forget,
+            seeds=[oracle_seed(forget, self.number)],
             model_factory=lambda: workspace.fresh_model(experiment),
             progress=False,
         )
@@ -131,6 +131,21 @@ class Oracle(Unit):
         return evaluator(workspace, self.experiment, self.forget_set)(
             self.model(workspace)
         )
+
+
+def oracle_seed(forget: Sequence[int] | np.ndarray, number: int) -> int:
+    """Return the seed of a retrained model, another one for each forget set.
+
+    What is peculiar to one seed would otherwise act on all sets alike, and a test over
+    sets could take it for an effect of their difficulty.
+
+    Args:
+        forget: The forget set.
+        number: Which of its retrained models.
+    """
+    entropy = [number, *sorted(int(index) for index in forget)]
+    words = np.random.SeedSequence(entropy).generate_state(1)
+    return int(words[0]) // 2  # seeds of torch are int64
 
 
 def oracles(experiment: Experiment, forget_set: ForgetSet) -> list[Oracle]:

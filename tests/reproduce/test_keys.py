@@ -14,7 +14,7 @@ from benchmarks.reproduce.forget_sets import sets_of
 from benchmarks.reproduce.pool import stages
 from benchmarks.reproduce.scales import SCALES
 from benchmarks.reproduce.store import path_of
-from benchmarks.reproduce.units import Oracle, Training, Unlearning
+from benchmarks.reproduce.units import Oracle, Training, Unlearning, oracle_seed
 from benchmarks.reproduce.workspace import Workspace
 
 CPU = SCALES["cpu"].sgd
@@ -109,3 +109,11 @@ def test_the_content_of_a_data_set_is_part_of_every_key(tmp_path):
 def test_the_file_of_an_own_model_is_part_of_the_key():
     assert len(source_digest("benchmarks.common.models:mlp")) == 24
     assert source_digest("mlp") == ""
+
+
+def test_no_two_sets_share_the_seeds_of_their_oracles():
+    sets = [np.arange(20), np.arange(1, 21), np.arange(19)]
+    seeds = {oracle_seed(one, number) for one in sets for number in range(5)}
+    assert len(seeds) == 15
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert oracle_seed(sets[0], 1) == oracle_seed(sets[0][::-1], 1)
