@@ -56,9 +56,12 @@ def require(condition: bool, problem: str, remedy: str) -> None:
 
 
 def _short(value: Any) -> str:
-    """Return a value's text as one line of at most 80 characters."""
+    """Return a value's text as one line of at most 80 characters.
+
+    A longer text is cut in the middle, because the end of a path is the file's name.
+    """
     text = printable(" ".join(str(value).split()) or repr(value))
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 80 else f"{text[:38]}...{text[-39:]}"
 
 
 def numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:

@@ -55,7 +55,8 @@ _NONE_COUNTED = (
     "engine.epsilons(delta) covers the recorded updates."
 )
 _BROKEN = (
-    "get_epsilon returns Opacus's number, but it is not a bound for this training. {}"
+    "get_epsilon returns Opacus's number, but it cannot be taken as a bound for this "
+    "training. {}"
 )
 _NOT_POISSON = (
     "get_epsilon returns Opacus's number, which assumes Poisson sampling. This loader "

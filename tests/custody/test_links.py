@@ -132,7 +132,7 @@ def test_a_draw_that_serves_two_updates_is_refused(loop, mode):
     ):
         with pytest.raises(AccountingError, match="used for more than one update"):
             read()
-    with pytest.warns(UserWarning, match="not a bound for this training. A batch that"):
+    with pytest.warns(UserWarning, match="taken as a bound for this training. A batch"):
         assert run.engine.get_epsilon(1e-5) > 0
 
 
@@ -269,7 +269,7 @@ def test_the_group_accountant_refuses_too():
     with pytest.raises(AccountingError, match="used for more than one update"):
         engine.get_epsilon(1e-5)
     engine.accountant.group_size = 1
-    with pytest.warns(UserWarning, match="not a bound for this training"):
+    with pytest.warns(UserWarning, match="cannot be taken as a bound for this"):
         assert engine.get_epsilon(1e-5) > 0
 
 

@@ -131,6 +131,14 @@ def test_an_edit_is_noticed(path, edit):
     assert "deletions.db" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_message_names_the_file_of_a_long_path(tmp_path):
+    file = tmp_path / ("a long name of a folder, " * 5) / "requests of May.db"
+    file.parent.mkdir()
+    file.write_bytes(b"no log")
+    with pytest.raises(ValueError, match="requests of May.db"):
+        verify(file)
+
+
 @pytest.mark.parametrize("edit", ["time", "removed", "payload", "payload removed"])
 def test_readers_notice_an_edit_too(path, edit):
     with edited(path) as connection:
