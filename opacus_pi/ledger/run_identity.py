@@ -17,6 +17,7 @@ weights, of which only some columns are used later, is taken for another one.
 (True, False)
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from opacus_pi.files.arrays_file import checksum
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 
-__all__ = ["RunIdentity", "named_weights"]
+__all__ = ["RunIdentity", "named_weights", "row_hash"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,17 @@ def named_weights(ledger: GradNormLedger) -> str | None:
     """
     named = ledger.weights
     return named if named is not None and named.startswith("sha256:") else None
+
+
+def row_hash(grad_norms: NDArray[np.float32]) -> str:
+    """Return the hash of the norms of one row of a ledger.
+
+    Args:
+        grad_norms: float32 ``(n,)``, of all examples; NaN where none was measured.
+
+    Returns:
+        ``"sha256:…"``. Two runs differ in it unless they measured the same norms.
+    """
+    norms = np.asarray(grad_norms, dtype="<f4")
+    same_nan = np.where(np.isnan(norms), np.float32(np.nan), norms)
+    return f"sha256:{hashlib.sha256(same_nan.tobytes()).hexdigest()}"

@@ -11,8 +11,9 @@ set can be asked about, and the training is not repeated:
     group_divergence(grams, order=8)
 
 The matrices belong to the run only if weights, data set and model do. All three are
-checked: the weights by their number of updates and data set, the data set by its
-fingerprint, the model by the names and shapes of its tensors.
+checked: the weights by their number of updates, their data set and the norms that were
+recorded with them, the data set by its fingerprint, the model by the names and shapes
+of its tensors.
 """
 
 import os
@@ -34,7 +35,8 @@ from opacus_pi.ledger.mechanism import SCHEDULED
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.own_losses import Criterion
-from opacus_pi.recording.weights import load_weights_, saved_weights
+from opacus_pi.recording.weights import load_weights_
+from opacus_pi.recording.weights_directory import weights_of
 
 __all__ = ["gram_ledger"]
 
@@ -83,7 +85,7 @@ def gram_ledger(
         ``method="scalar"`` is valid.
 
     Raises:
-        ValueError: If there are no weights, or they, the data set, the model or the
+        ValueError: If the weights of a row are missing, or weights, data set, model or
             forget set do not belong to the run.
         AccountingError: If a link of the ledger's chain of custody is broken.
 
@@ -95,7 +97,7 @@ def gram_ledger(
     forget = np.asarray(forget_indices)
     forget = distinct_indices("forget_indices", forget, size) if forget.size else forget
     ledger.require_data_set(fingerprint(data_set))
-    files = _files_of(Path(weights_dir), ledger)
+    files = weights_of(Path(weights_dir), ledger)
     copied = training_copy(model)
     if kind == "forget":
         measure: _Forget | _Minibatches = _Forget(forget.astype(np.int64), options)
@@ -242,27 +244,6 @@ def _check_minibatches(
         "Leave some examples out of forget_indices: Theorem B.1 compares with "
         "minibatches of the retain set.",
     )
-
-
-def _files_of(directory: Path, ledger: GradNormLedger) -> dict[int, Path]:
-    """Return the weights files of the ledger's rows, by number of updates."""
-    files = saved_weights(directory)
-    expect(
-        bool(files),
-        "weights_dir",
-        directory,
-        "must contain weights-*.safetensors",
-        "Train with Recorder(weights_dir=...).",
-    )
-    foreign = sorted(set(files) - set(ledger.steps.tolist()))
-    expect(
-        not foreign,
-        "weights_dir",
-        f"weights after {foreign[:3]} updates in {directory}",
-        "must contain only weights that were saved at the ledger's rows",
-        "Use a separate directory for every run.",
-    )
-    return files
 
 
 def _mechanism_at(steps: list[int], ledger: GradNormLedger) -> NoisySGD:

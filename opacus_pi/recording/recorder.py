@@ -51,7 +51,8 @@ from opacus_pi.recording.schedule import (
     evenly_spaced_steps,
     stratified_steps,
 )
-from opacus_pi.recording.weights import LastWeights, save_weights
+from opacus_pi.recording.weights import LastWeights, save_weights, saved_weights
+from opacus_pi.recording.weights_directory import claim_directory
 
 __all__ = ["Recorder"]
 
@@ -241,6 +242,9 @@ class Recorder(RecorderOptions):
             separately. False: you declare that the model does.
         weights_dir: Directory for the weights of every row, one safetensors file
             each, ``weights-00000123.safetensors`` after 123 updates; None: not kept.
+            Use one directory for each run: files of another run are refused before the
+            first update. A run that is resumed goes on with its directory, and weights
+            that were saved after the resumed update are deleted.
         batch_size: Examples a sweep measures at once.
         unattributed: What to do if more than 1 % of the samples are unattributed.
             ``"refuse"``: give no ledger. ``"worst_case"``: in every row with such
@@ -260,6 +264,7 @@ class Recorder(RecorderOptions):
     _last_weights: LastWeights | None = None
     _chain: Chain | None = None
     _all_refuse = False
+    _has_weights_dir = False  # whether weights_dir was found to be this run's
     _missing: Callable[[], str] | None = None
     _start: str | None = None  # weights that a continued run is to start from
     _waiting: WaitingReports  # from begin or load_state_dict on
@@ -329,7 +334,7 @@ class Recorder(RecorderOptions):
         missing = self._missing() if self._missing is not None else ""
         if missing:
             raise AccountingError(missing)
-        return run.ledger(custody, fills_unattributed=self.unattributed == "worst_case")
+        return run.ledger(custody, fills_unattributed=self._fills_unattributed)
 
     def _custody(self) -> Custody | None:
         """Return the current chain of custody, or the one loaded with a run."""
@@ -401,7 +406,7 @@ class Recorder(RecorderOptions):
         self._expect_start()
         self._begin_checkpoints(self._begun(), training, processes)
         self._follow(chain)
-        self._resumed = False
+        self._resumed = self._has_weights_dir = False
         self._sweep, self._weights = sweep, weights
         self._processes, self._all_refuse = processes, False
         self._waiting = WaitingReports()
@@ -509,9 +514,15 @@ class Recorder(RecorderOptions):
         The first update of a continued run should find those that the recorded ones
         left. If ``checkpoints`` were asked for, the state before the first update is
         saved. Call it when the weights are still those from before the update.
+
+        Raises:
+            ValueError: Before the first update, if ``weights_dir`` or the directory of
+                ``checkpoints`` holds files of another run.
         """
         if self._start is not None:
             self._compare_start()
+        if self.weights_dir is not None and not self._has_weights_dir:
+            self._claim_weights_dir(self.weights_dir)
         if self.checkpoints is not None:
             self.checkpoints.begin_update()
 
@@ -721,6 +732,7 @@ class Recorder(RecorderOptions):
         if has_begun and self.checkpoints is not None:
             self.checkpoints.resume(loaded.run_name, loaded.num_steps)
         self._run, self._resumed, self._waiting = loaded, True, WaitingReports()
+        self._has_weights_dir = False
         if self._last_weights is not None:
             self._last_weights.forget()
         self._follow(self._chain)
@@ -779,11 +791,51 @@ class Recorder(RecorderOptions):
             self._refuse_unless_finite(norms, np.full(len(norms), run.num_steps))
         if run.refusal:
             return
-        rank = 0 if self._processes is None else self._processes.rank
-        if self.weights_dir is not None and rank == 0:
-            weights = cast(Callable[[], Mapping[str, Any]], self._weights)
-            save_weights(self.weights_dir, run.num_steps, weights(), run.data_set)
+        if self.weights_dir is not None:
+            self._save_weights(self.weights_dir, row)
         run.close_row(row)
+
+    def _save_weights(
+        self, directory: Path, row: dict[str, NDArray[np.float32]]
+    ) -> None:
+        """Save the weights of a row that is about to be closed.
+
+        Before the first update, a checkpoint may still be loaded. Files that are in the
+        directory then are left as they are; the first update decides about them.
+        """
+        run = self._begun()
+        if run.num_steps and not self._has_weights_dir:
+            self._claim_weights_dir(directory)
+        is_first = self._processes is None or self._processes.rank == 0
+        if not is_first or (not run.num_steps and saved_weights(directory)):
+            return
+        weights = cast(Callable[[], Mapping[str, Any]], self._weights)
+        name = run.hash_of_next_row(row, fills_unattributed=self._fills_unattributed)
+        save_weights(directory, run.num_steps, weights(), run.data_set, name)
+
+    def _claim_weights_dir(self, directory: Path) -> None:
+        """Refuse a directory with weights of another run, in all processes.
+
+        Raises:
+            ValueError: As ``claim_directory``.
+        """
+        run, reason, processes = self._begun(), "", self._processes
+        if processes is None or processes.rank == 0:
+            hashes = run.row_hashes(fills_unattributed=self._fills_unattributed)
+            try:
+                claim_directory(directory, hashes, run.num_steps)
+            except ValueError as error:
+                reason = str(error)
+        if processes is not None:
+            reason = processes.gather_texts(reason)[0]
+        if reason:
+            raise ValueError(reason)
+        self._has_weights_dir = True
+
+    @property
+    def _fills_unattributed(self) -> bool:
+        """Return whether examples that may be unattributed get the clip norm."""
+        return self.unattributed == "worst_case"
 
     def _break_loss(self, reason: str) -> None:
         """Record that the examples have no losses of their own, and refuse the run."""

@@ -21,6 +21,7 @@ from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.ledger.custody import MAX_UNATTRIBUTED, Custody
 from opacus_pi.ledger.noise_generator import weakest
+from opacus_pi.ledger.run_identity import row_hash
 from opacus_pi.ledger.same_data import (
     same_data_set,
     same_transforms,
@@ -295,10 +296,9 @@ class RecordedRun:
             name: np.stack([row[name] for row in rows]) for name in rows[0]
         }
         if fills_unattributed and self.source == "observed":
-            norms, flags = measured["grad_norms"], self._rows_with_unattributed()
-            clips = np.array([interval.max_grad_norm for interval in intervals])
-            gaps = np.isnan(norms) & np.array(flags)[:, None]
-            measured["grad_norms"] = np.where(gaps, clips[:, None], norms)
+            flags = self._rows_with_unattributed()
+            whole = zip(measured["grad_norms"], flags, intervals, strict=True)
+            measured["grad_norms"] = np.stack([_charged(*row) for row in whole])
         return GradNormLedger(
             mechanism,
             np.array(steps, dtype=np.int64),
@@ -310,6 +310,36 @@ class RecordedRun:
             noise_generator=self.noise_generator or None,
             **measured,
         )
+
+    def row_hashes(self, *, fills_unattributed: bool = False) -> dict[int, str]:
+        """Return the hash of each row that was written, as the ledger has it.
+
+        Args:
+            fills_unattributed: As for ``ledger``.
+
+        Returns:
+            ``row_hash`` of the norms, by the number of updates that were done.
+        """
+        fills = fills_unattributed and self.source == "observed"
+        rows = zip(self.rows, self.has_unattributed, self.intervals, strict=True)
+        hashes = (
+            row_hash(_charged(row["grad_norms"], fills and flag, interval))
+            for row, flag, interval in rows
+        )
+        return dict(zip(self.steps, hashes, strict=True))
+
+    def hash_of_next_row(
+        self, row: dict[str, NDArray[np.float32]], *, fills_unattributed: bool = False
+    ) -> str:
+        """Return the hash that a row will have in ``row_hashes`` once it is closed.
+
+        Args:
+            row: As for ``close_row``.
+            fills_unattributed: As for ``ledger``.
+        """
+        fills = fills_unattributed and self.source == "observed"
+        flag, interval = self.open_has_unattributed, self.open_interval or _NO_UPDATE
+        return row_hash(_charged(row["grad_norms"], fills and flag, interval))
 
     def _rows_with_unattributed(self) -> list[bool]:
         """Return for each row of the ledger whether it has unattributed samples."""
@@ -423,6 +453,22 @@ class RecordedRun:
             for i in range(len(run.steps))
         ]
         return run
+
+
+def _charged(
+    norms: NDArray[np.float32], has_unattributed: bool, interval: UpdateSettings
+) -> NDArray[np.float32]:
+    """Return the norms of a row, with the clip norm where none was observed.
+
+    Args:
+        norms: float32 ``(n,)``, NaN where none was observed.
+        has_unattributed: Whether these examples may have been in the interval's
+            updates, so that they get the clip norm.
+        interval: Settings of the row's update interval.
+    """
+    if not has_unattributed:
+        return norms
+    return np.where(np.isnan(norms), np.float32(interval.max_grad_norm), norms)
 
 
 def _table(intervals: list[UpdateSettings]) -> Tensor:

@@ -38,7 +38,11 @@ from opacus_pi.models.weights_name import weights_name
 
 
 def save_weights(
-    directory: Path, num_steps: int, state: Mapping[str, Any], data_set: str = ""
+    directory: Path,
+    num_steps: int,
+    state: Mapping[str, Any],
+    data_set: str = "",
+    row: str = "",
 ) -> Path:
     """Write a state dict to one safetensors file, atomically.
 
@@ -48,13 +52,15 @@ def save_weights(
         state: Tensors by name. Tied tensors are written once per name; entries that
             are not tensors (a module's extra state) are left out.
         data_set: Fingerprint of the data set that was trained on.
+        row: Hash of the gradient norms of the ledger's row, as ``row_hash`` returns it;
+            empty if it is not known.
 
     Returns:
         The file, ``weights-00000123.safetensors`` after 123 updates.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"weights-{num_steps:08d}.safetensors"
-    facts = {"num_steps": str(num_steps), "data_set": data_set}
+    facts = {"num_steps": str(num_steps), "data_set": data_set, "row": row}
     write_weights(path, RECORDED_WEIGHTS, state, facts)
     return path
 
