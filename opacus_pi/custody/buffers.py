@@ -221,8 +221,8 @@ def watch_buffers(model: nn.Module, chain: Chain) -> BufferLink | None:
         chain: The chain of custody of the run.
 
     Returns:
-        What the hooks report to, and the only strong reference to it; None if the
-        model has no tensors besides its parameters.
+        What the hooks report to, for the caller to keep: they refer to it weakly. None
+        if the model has no tensors besides its parameters.
     """
     for table in (forward_pre_hooks(model), forward_hooks(model)):
         remove_hooks(table, _PassHook)

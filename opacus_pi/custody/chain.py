@@ -36,6 +36,9 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from opacus_pi.ledger.custody import (
     BROKEN,
@@ -131,11 +134,12 @@ class Chain:
         self._is_continued: Callable[[], bool] = _always
         self._refuse: Callable[[str], None] | None = None
         self._observers: list[_Observer] = []
+        self._kept: WeakKeyDictionary[nn.Module, list[object]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy: the reports, but no functions that report."""
         changed = {"_observers": [], "_is_continued": _always, "_settled": set()}
-        return {**self.__dict__, **changed}
+        return {**self.__dict__, **changed, "_kept": None}
 
     def on_break(self, refuse: Callable[[str], None]) -> None:
         """Call a function when a link breaks, and for each that is broken already.
@@ -162,6 +166,20 @@ class Chain:
         is_method = inspect.ismethod(observe)
         reference = weakref.WeakMethod(observe) if is_method else lambda: observe
         self._observers.append(_Observer(reference, can_break))
+
+    def keep_while(self, model: nn.Module, *watchers: object) -> None:
+        """Keep objects whose methods were passed to ``on_read`` as long as a model.
+
+        What they have seen is needed when results are read, and the optimizer that used
+        them may be gone by then.
+
+        Args:
+            model: The user's module; referred to weakly.
+            *watchers: The objects; they must not refer to the module strongly.
+        """
+        if self._kept is None:
+            self._kept = WeakKeyDictionary()
+        self._kept.setdefault(model, []).extend(watchers)
 
     def check(self, link: str, evidence: str) -> None:
         """Record that a link was seen to hold.

@@ -24,7 +24,7 @@ count it.
 True
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -100,16 +100,9 @@ class WeightSnapshot:
         On an accelerator the entries are compared in the background, so that training
         does not wait; ``has_changed_late`` returns the result.
         """
-        if self._writes is None:
-            return False
-        if (
-            self._writes != counts_of_writes(self._parameters)
-            or self._addresses != list(map(Tensor.data_ptr, self._parameters))
-            or self._bits != _bits_of(self._on_host)
-        ):
+        if self._differs_on_host():
             return True
-        for device, kept in self._entries.items():
-            differs = (_joined(self._elsewhere[device]) != kept).any()
+        for device, differs in self._differences_elsewhere():
             earlier = self._late.get(device)
             self._late[device] = differs if earlier is None else earlier | differs
         return False
@@ -120,7 +113,22 @@ class WeightSnapshot:
 
     def has_changed_now(self) -> bool:
         """Return what ``has_changed`` does, and wait for accelerators."""
-        return self.has_changed() or self.has_changed_late()
+        return self._differs_on_host() or any(
+            bool(differs) for _, differs in self._differences_elsewhere()
+        )
+
+    def _differs_on_host(self) -> bool:
+        """Return whether what is known without an accelerator differs."""
+        return self._writes is not None and (
+            self._writes != counts_of_writes(self._parameters)
+            or self._addresses != list(map(Tensor.data_ptr, self._parameters))
+            or self._bits != _bits_of(self._on_host)
+        )
+
+    def _differences_elsewhere(self) -> Iterator[tuple[torch.device, Tensor]]:
+        """Yield each accelerator and whether the entries there differ, bool ``()``."""
+        for device, kept in self._entries.items():
+            yield device, (_joined(self._elsewhere[device]) != kept).any()
 
     def _make_views(self) -> None:
         """Make views of the sampled entries, in the present memory of parameters."""

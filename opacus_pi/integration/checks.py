@@ -36,6 +36,7 @@ from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
 from opacus_pi.integration.written_gradients import NO_TENSORS, NotedTensors
+from opacus_pi.models.copies import unwrap
 from opacus_pi.recording import Recorder
 
 _STEPPED_WITHOUT_NOISE = (
@@ -262,6 +263,7 @@ class OutsideChanges:
         others = (p for p in module.parameters() if id(p) not in own)
         self._snapshot.watch([*optimizer.params, *others])
         self._buffers = watch_buffers(module, self._chain)
+        self._chain.keep_while(unwrap(module), self._weights, self._buffers)
         for handle in () if self._buffers is None else self._buffers.handles:
             keep_handle(module, handle)
         inner, reference = optimizer.original_optimizer, weakref.ref(self)

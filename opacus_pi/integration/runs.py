@@ -257,7 +257,8 @@ class PreparedRun:
         collate_fn.chain = self.chain
         last_weights = None
         if not isinstance(self.module, FSDPModule):  # no process has all weights
-            last_weights = LastWeights(self.module, self.snapshot)
+            watched = self.snapshot if processes is None else None
+            last_weights = LastWeights(self.module, watched)
         recorder.begin(
             num_examples=size_of(data_set),
             sample_rate=self.sample_rate,

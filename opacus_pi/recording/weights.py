@@ -134,12 +134,13 @@ class LastWeights:
 
     After each update it notes autograd's count of writes to every tensor. This needs no
     pass over the weights; they are hashed only when their name is asked for. Writes
-    that are not counted (to ``weight.data``) are seen by ``snapshot``.
+    that are not counted (to ``weight.data``) are found as far as
+    :class:`~opacus_pi.custody.weights.WeightSnapshot` finds them.
 
     Args:
         model: The model in training, plain or wrapped; referred to weakly.
-        snapshot: Of the model's weights, taken after each update by the optimizer,
-            which owns it; referred to weakly. None: uncounted writes are not noticed.
+        snapshot: Of the model's parameters, taken after each update, and kept by the
+            run's chain of custody; referred to weakly. None: one is taken here.
     """
 
     def __init__(
@@ -147,13 +148,20 @@ class LastWeights:
     ) -> None:
         self._snapshot = None if snapshot is None else weakref.ref(snapshot)
         self._model = weakref.ref(unwrap(model))
-        self._tensors = [weakref.ref(t) for t in _tensors(unwrap(model))]
+        tensors = _tensors(unwrap(model))
+        self._tensors = [weakref.ref(t) for t in tensors]
         self._marks: _Marks | None = None
+        covered = set() if snapshot is None else set(map(id, model.parameters()))
+        rest = [t for t in tensors if id(t) not in covered]
+        self._rest = WeightSnapshot()
+        self._rest.watch(rest)
+        weakref.finalize(unwrap(model), self._rest.watch, ()).atexit = False
 
     def updated(self) -> None:
         """Record that an update was made."""
         references = self._tensors
         self._marks = _marks([t for r in references if (t := r()) is not None])
+        self._rest.take()
 
     def forget(self) -> None:
         """Forget the last update: other weights were loaded since."""
@@ -168,11 +176,18 @@ class LastWeights:
         model = self._model()
         if model is None or self._marks is None:
             return None
+        return CHANGED if self._has_changed(model) else weights_name(model)
+
+    def _has_changed(self, model: nn.Module) -> bool:
+        """Return whether the model's tensors are others, or were written to."""
+        present = _tensors(model)
+        noted = [reference() for reference in self._tensors]
+        if list(map(id, present)) != list(map(id, noted)):
+            return True
+        if _marks(present) != self._marks or self._rest.has_changed_now():
+            return True
         snapshot = None if self._snapshot is None else self._snapshot()
-        is_marked = _marks(_tensors(model)) == self._marks
-        if not is_marked or (snapshot is not None and snapshot.has_changed_now()):
-            return CHANGED
-        return weights_name(model)
+        return snapshot is not None and snapshot.has_changed_now()
 
     def present(self) -> str | None:
         """Return the name of the weights as they are now; None without a model."""

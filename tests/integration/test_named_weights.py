@@ -1,6 +1,7 @@
 """A ledger names the weights it describes, and vouches for no others."""
 
 import copy
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -110,6 +111,65 @@ def test_the_name_goes_where_the_ledger_goes(run, tmp_path):
     other = replace(ledger, weights=f"sha256:{'0' * 64}")
     assert is_vouched_for(model, [other, ledger])  # runs: the model is one's
     assert not is_vouched_for(model, [other, other])
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost", "fast"])
+def test_an_uncounted_write_after_the_optimizer_is_gone(mode):
+    engine, model, optimizer, loader, criterion = prepared(mode)
+    train((engine, model, optimizer, loader, criterion))
+    del optimizer, loader, criterion
+    gc.collect()
+    for parameter in model.parameters():
+        parameter.data.mul_(0.9)  # as an average of weights is copied in
+    assert engine.ledger.weights == "changed"
+    assert matching(engine)[0] is False
+
+
+def test_an_optimizer_that_is_gone_is_no_change():
+    engine, model, optimizer, loader, criterion = prepared()
+    train((engine, model, optimizer, loader, criterion))
+    del optimizer, loader, criterion
+    gc.collect()
+    assert is_vouched_for(engine)
+
+
+def test_an_uncounted_write_after_the_model_was_unwrapped():
+    engine, model, optimizer, loader, criterion = prepared()
+    train((engine, model, optimizer, loader, criterion))
+    plain = model.to_standard_module()
+    del model, optimizer, loader, criterion
+    gc.collect()
+    for parameter in plain.parameters():
+        parameter.data.mul_(0.9)
+    assert matching(plain, engine.ledger)[0] is False
+
+
+def test_another_layer_with_as_many_writes_is_a_change(run):
+    engine, model, *_ = run
+    other = copy.deepcopy(model._module[2])
+    mine = [p._version for p in model._module[2].parameters()]
+    with torch.no_grad():
+        for parameter, count in zip(other.parameters(), mine, strict=True):
+            for _ in range(count - parameter._version):
+                parameter.mul_(0.9)
+    assert [p._version for p in other.parameters()] == mine
+    model._module[2] = other
+    assert engine.ledger.weights == "changed"
+
+
+def test_an_uncounted_write_to_a_buffer():
+    run = batch_norm_run()
+    train(run)
+    run[1][1].running_mean.data.add_(1)
+    assert run[0].ledger.weights == "changed"
+
+
+def test_an_uncounted_write_without_a_snapshot_of_others():
+    model = net()
+    last = LastWeights(model)  # as for distributed training
+    last.updated()
+    model[0].weight.data.add_(1)
+    assert last.name() == "changed"
 
 
 @pytest.mark.filterwarnings("ignore:Weights were changed between two updates")

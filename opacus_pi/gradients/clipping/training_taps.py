@@ -22,6 +22,7 @@ pass and the step, and layers that draw random numbers and have no rule.
 """
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -107,7 +108,13 @@ class TrainingTaps:
         Returns:
             The handles that remove them.
         """
-        self._is_training = lambda: model.training
+        reference = weakref.ref(model)  # hooks on parameters must not keep the model
+
+        def is_training() -> bool:
+            alive = reference()
+            return alive is not None and alive.training
+
+        self._is_training = is_training
         handles: list[Any] = []
         in_layers: set[nn.Parameter] = set()
         for module in model.modules():

@@ -417,6 +417,7 @@ def _watch_weights(
     custody.snapshot.watch(module.parameters())
     buffers = None if isinstance(module, DDP) else watch_buffers(module, chain)
     _BUFFER_LINKS.pop(optimizer, None)
+    chain.keep_while(unwrap(module), weights, buffers)
     if buffers is None:
         loaded = watch_loading(module, weights)
         _HOOK_HANDLES[module].append(loaded)
