@@ -12,6 +12,8 @@ SECTIONS = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILIN
 # What the examples of each section print, in this order.
 EXPECTED = {
     "One Poisson batch for several updates": ["used for more than one update"],
+    "Noise that is drawn again": ["noise was drawn before in this run"],
+    "A clip norm lowered within an update": ["True"],
     "Restarted passes over a fixed schedule": ["5"],
     "Batches that the loop skips": [
         r"\d of \d+ batches that the loader delivered entered no update"

@@ -312,10 +312,11 @@ class PerInstanceAccountant(RDPAccountant):
         values = accounting.epsilons(ledger, delta, **options)
         mechanism = ledger.mechanism
         # get_epsilon is a bound for every example only under Poisson sampling, and for
-        # the recorded updates only if the accountant has counted all of them.
+        # the recorded updates only if the accountant has counted all of them in full.
         if (
             mechanism.sampling == "poisson"
             and num_steps_of(self) >= mechanism.num_steps
+            and not self._require_recorder().is_charged_too_little
         ):
             values = np.minimum(values, max(0.0, self.get_epsilon(delta)))
         return values

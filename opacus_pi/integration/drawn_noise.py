@@ -1,9 +1,9 @@
-"""Compare the noise that was added to the gradients with the noise that is recorded.
+"""Find noise that is smaller than what is recorded, and noise that was drawn before.
 
-``add_noise`` sets ``p.grad`` to ``p.summed_grad`` plus noise, so their difference is
-the noise. The sum of the squares of its d entries, divided by the variance, has a
-chi-squared distribution with d degrees of freedom. If it is below the quantile of
-10^-12, less noise was drawn than is recorded.
+**Size.** ``add_noise`` sets ``p.grad`` to ``p.summed_grad`` plus noise, so their
+difference is the noise. The sum of the squares of its d entries, divided by the
+variance, has a chi-squared distribution with d degrees of freedom. If it is below the
+quantile of 10^-12, less noise was drawn than is recorded.
 
 *Guarantee.* In an update that is checked (1, 2, 4, 8, 16 and so on, and every 64th),
 missing noise is found, and so is noise that is too small by more than about 5 / √d of
@@ -14,6 +14,10 @@ parameters are left out. Noise that is too large is not reported: the numbers ar
 still upper bounds. Distributed runs, where not every process draws, and adaptive
 clipping, which draws more noise than is recorded, are not checked. Neither are
 parameters on an accelerator, for which every update would have to wait.
+
+**Repetition.** If the generator is in a state from which the noise of an earlier update
+was drawn, the same noise is drawn again, and the two updates are not two draws of the
+mechanism: ``recording/seen_states.py``.
 """
 
 from collections.abc import Iterable
@@ -22,7 +26,11 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-__all__ = ["missing_noise"]
+from opacus_pi.custody import Chain
+from opacus_pi.models.accelerators import random_state_of
+from opacus_pi.recording import Recorder
+
+__all__ = ["missing_noise", "tell_of_repeated_noise"]
 
 _CHANCE = 1e-12
 _ROUNDINGS = 100  # of the largest entry of a sum
@@ -32,6 +40,33 @@ _TOO_SMALL = (
     "draws noise was replaced, for example torch.normal, and neither get_epsilon nor "
     "the ledger covers the update. Leave the drawing of noise to Opacus."
 )
+_REPEATED = (
+    "The noise of update {step} was drawn from a generator in a state from which noise "
+    "was drawn before in this run, so two updates have the same noise, and neither "
+    "get_epsilon nor the ledger covers that. This happens if torch.manual_seed is "
+    "called with one seed again, for example in every epoch or before a run is "
+    "continued. Seed once, and continue a run by load_checkpoint(restore_rng=True), or "
+    "with another seed."
+)
+
+
+def tell_of_repeated_noise(
+    recorder: Recorder,
+    chain: Chain,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> None:
+    """Break the link "noise" if the noise to be drawn was drawn before in this run.
+
+    Args:
+        recorder: Knows the states of earlier updates.
+        chain: The chain of custody of the run.
+        generator: Draws the noise; None: torch's global one.
+        device: Of the noise.
+    """
+    state = random_state_of(device) if generator is None else generator.get_state()
+    if state is not None and not recorder.is_new_state(state):
+        chain.break_link("noise", _REPEATED.format(step=recorder.num_steps + 1))
 
 
 def missing_noise(

@@ -184,6 +184,7 @@ class _ReportingOptimizer(DPOptimizer):
         if self._pi_update.gate is not None:
             self._pi_update.gate.close(noise_std_of(self))
         self._pi_written.require_unchanged_sums()
+        self._pi_update.noise_is_due(self)
         super().add_noise()
         self._pi_require_opacus()
         self._pi_require_noise()

@@ -46,6 +46,13 @@ _NOT_COUNTED = (
     "call the parts of optimizer.step instead of it, or the accountant's history was "
     "changed."
 )
+_SEVERAL_CLIP_NORMS = (
+    "get_epsilon returns Opacus's number, which is too small: max_grad_norm was "
+    "lowered within an update, so some examples were clipped to a larger norm than "
+    "the noise was made for. The ledger has the larger norm; engine.epsilons(delta) "
+    "and engine.privacy_statement use it. Step a scheduler of max_grad_norm after "
+    "updates only: inside BatchMemoryManager an update has several batches."
+)
 _NONE_COUNTED = (
     "The accountant has counted none of {} updates, so it has no epsilon. It counts in "
     "optimizer.step(): call it, and not its parts (clip_and_accumulate, add_noise, "
@@ -179,8 +186,9 @@ class Readings:
         self, values: NDArray[np.float64], delta: float, mechanism: NoisySGD
     ) -> NDArray[np.float64]:
         """Limit epsilons by the accountant's, where that holds for every example."""
-        num_counted = num_steps_of(self.accountant)
-        if mechanism.sampling == "poisson" and num_counted == mechanism.num_steps:
+        counts_all = num_steps_of(self.accountant) == mechanism.num_steps
+        charges_all = not self.recorder.is_charged_too_little
+        if mechanism.sampling == "poisson" and counts_all and charges_all:
             # not the engine's get_epsilon, which a derived class may define otherwise
             worst = float(self.accountant.get_epsilon(delta))
             values = np.minimum(values, max(0.0, worst))
@@ -209,7 +217,9 @@ class Readings:
     def accountant_bound(self) -> AccountantBound | None:
         """Return what the accountant guarantees for the recorded run, if anything."""
         mechanism = self.recorder.ledger.mechanism
-        return bound_of(self.accountant, mechanism) if self.is_private else None
+        if not self.is_private or self.recorder.is_charged_too_little:
+            return None
+        return bound_of(self.accountant, mechanism)
 
     def require_counted(self) -> None:
         """Say why Opacus's accountant could not compute ε, if it is without updates.
@@ -235,6 +245,8 @@ class Readings:
         if self.is_private and num_counted < num_made:
             text = _NOT_COUNTED.format(num_counted, num_made)
             warnings.warn(text, stacklevel=_USERS_LINE)
+        if self.is_private and self.recorder.is_charged_too_little:
+            warnings.warn(_SEVERAL_CLIP_NORMS, stacklevel=_USERS_LINE)
         refusal = self.recorder.refusal
         if refusal:
             warnings.warn(_BROKEN.format(refusal), stacklevel=_USERS_LINE)

@@ -32,6 +32,7 @@ from opacus_pi.integration.checks import (
     batch_norms,
     batch_statistics,
 )
+from opacus_pi.integration.drawn_noise import tell_of_repeated_noise
 from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.loop_loss import LoopLoss
 from opacus_pi.integration.paths_to_weights import PathsToWeights
@@ -49,6 +50,7 @@ _DRAWN_TWICE = (
     "An example entered one update more than once, so max_grad_norm does not bound "
     "what it contributes. Draw each example at most once per optimizer.step()."
 )
+_ROUNDING = 1e-9
 
 
 @dataclass(eq=False)
@@ -195,6 +197,20 @@ class UpdateUnderWay:
         if len(indices) and not self.is_superseded:
             self.recorder.report(indices, norms)
 
+    def noise_is_due(self, optimizer: DPOptimizer) -> None:
+        """Break the link "noise" if noise is about to be drawn a second time.
+
+        Args:
+            optimizer: The optimizer that is about to add noise.
+        """
+        draws = noise_std_of(optimizer) > 0 and not optimizer.secure_mode
+        # in a distributed run only the first process draws
+        if draws and not self.is_superseded and not getattr(optimizer, "rank", 0):
+            devices = (p.device for p in optimizer.params)
+            tell_of_repeated_noise(
+                self.recorder, self.chain, optimizer.generator, next(devices)
+            )
+
     def noise_was_drawn(self, optimizer: DPOptimizer) -> None:
         """Note noise and clip norm now: schedulers may change them before the end.
 
@@ -228,6 +244,9 @@ class UpdateUnderWay:
             self.recorder.assume_noise()
         self.was_clipped(float(optimizer.max_grad_norm))
         clip_norm, self._largest_clip_norm = self._largest_clip_norm, 0.0
+        is_larger = clip_norm > float(optimizer.max_grad_norm) * (1 + _ROUNDING)
+        if is_larger and not self.is_superseded:
+            self.recorder.note_small_charge()
         self._settings = {
             "noise_std": noise_std_of(optimizer),
             "max_grad_norm": clip_norm,

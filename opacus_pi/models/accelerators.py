@@ -27,6 +27,7 @@ __all__ = [
     "has_float64",
     "kinds_in_use",
     "num_accelerators",
+    "random_state_of",
     "set_device_random_states",
     "widened",
 ]
@@ -62,6 +63,25 @@ def num_accelerators(kind: str) -> int:
         return int(torch.get_device_module(kind).device_count())
     except (AttributeError, RuntimeError):
         return 0
+
+
+def random_state_of(device: torch.device) -> Tensor | None:
+    """Return the state of the global generator of a device, on the CPU.
+
+    Args:
+        device: The CPU or an accelerator.
+
+    Returns:
+        None if the torch module of an extension cannot say.
+    """
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    module: Any = torch.get_device_module(device)
+    if not hasattr(module, "get_rng_state"):
+        return None
+    takes_device = int(module.device_count()) > 1  # the functions of MPS do not
+    state: Tensor = module.get_rng_state(*((device,) if takes_device else ()))
+    return state.cpu()
 
 
 def device_random_states() -> list[Tensor]:

@@ -45,7 +45,7 @@ from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording.checkpoints import Checkpoints, Training
 from opacus_pi.recording.distributed import Processes, merge_
 from opacus_pi.recording.run import RecordedRun, UpdateSettings, WaitingReports
-from opacus_pi.recording.saved_state import ASSUMED
+from opacus_pi.recording.saved_state import ASSUMED, TOO_SMALL
 from opacus_pi.recording.schedule import (
     checked_every,
     evenly_spaced_steps,
@@ -592,12 +592,32 @@ class Recorder(RecorderOptions):
         if not is_over and run.row_is_due(self.every):
             self._write_row()
 
+    def is_new_state(self, state: Tensor) -> bool:
+        """Keep the state of the generator from which noise is about to be drawn.
+
+        Args:
+            state: On the CPU, as ``torch.Generator.get_state`` returns it.
+
+        Returns:
+            False if noise of an earlier update was drawn from the same state.
+        """
+        return self._begun().generator_states.add(state)
+
     def assume_noise(self) -> None:
         """Mark the noise of the run as assumed: its losses then only rank examples.
 
         For updates that release more than their noise is known to cover.
         """
         self._begun().noise_is = ASSUMED
+
+    def note_small_charge(self) -> None:
+        """Note that Opacus's accountant charges an update less than it should."""
+        self._begun().accountant_is = TOO_SMALL
+
+    @property
+    def is_charged_too_little(self) -> bool:
+        """Whether Opacus's accountant has charged an update less than it should."""
+        return self._run is not None and self._run.accountant_is == TOO_SMALL
 
     def name_weights(self) -> None:
         """Store the hash of the weights after the last update in the ledger.

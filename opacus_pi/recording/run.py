@@ -31,11 +31,13 @@ from opacus_pi.recording.participations import Participations
 from opacus_pi.recording.saved_state import (
     ASSUMED,
     FLAGS,
+    GENERATOR_STATES,
     LATER_TEXTS,
     VERSION,
     require_whole,
 )
 from opacus_pi.recording.schedule import Every, num_due
+from opacus_pi.recording.seen_states import SeenStates
 
 _FACTS = ("source", "num_examples", "sample_rate", "sampling", "data_set")
 _COUNTS = ("num_steps", "refusal")
@@ -98,6 +100,8 @@ class RecordedRun:
         run_name: Name of the run in the files of its checkpoints; empty if it has none.
         noise_generator: The weakest kind of generator that noise was drawn from; empty
             if it is not known for every update.
+        accountant_is: ``"too small"`` if Opacus's accountant charged an update less
+            than its noise and clip norms cost.
         noise_is: ``"assumed"`` if no guarantee follows from the recorded noise of some
             update; empty if it is what training added.
         steps: Updates that were done when each row was written.
@@ -122,6 +126,7 @@ class RecordedRun:
     run_name: str = ""
     noise_generator: str = ""
     noise_is: str = ""
+    accountant_is: str = ""
     steps: list[int] = field(default_factory=list)
     rows: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
     intervals: list[UpdateSettings] = field(default_factory=list)
@@ -135,6 +140,8 @@ class RecordedRun:
     # in how many updates of each interval, and of the open one, each example was; None
     # if that was not counted from the first update on
     participations: Participations | None = field(init=False)
+    # of the generator that the noise of each update was drawn from
+    generator_states: SeenStates = field(default_factory=SeenStates, compare=False)
 
     def __post_init__(self) -> None:
         self.num_examples = int(self.num_examples)
@@ -407,6 +414,7 @@ class RecordedRun:
             FLAGS: torch.tensor(
                 [*self.has_unattributed, self.open_has_unattributed], dtype=torch.int64
             ),
+            GENERATOR_STATES: self.generator_states.state(),
             **({} if self.participations is None else self.participations.state_dict()),
             **{
                 f"{_ROW}{name}": torch.from_numpy(
@@ -441,6 +449,8 @@ class RecordedRun:
             )
         else:
             run.has_unattributed = [False] * len(run.steps)
+        if GENERATOR_STATES in state:
+            run.generator_states = SeenStates.from_state(state[GENERATOR_STATES])
         if run.participations is not None:
             run.participations = Participations.from_state_dict(state)
         measured = {

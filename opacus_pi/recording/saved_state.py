@@ -18,12 +18,15 @@ from opacus_pi.ledger.checks import checked_steps, checked_weights
 from opacus_pi.ledger.custody import Custody
 from opacus_pi.ledger.noise_generator import checked_noise_generator
 from opacus_pi.recording.participations import has_whole_counts, layout_of_counts
+from opacus_pi.recording.seen_states import SeenStates
 
 VERSION = 1
 ASSUMED = "assumed"
+TOO_SMALL = "too small"
 _FAR = 2**53  # larger numbers are not exact as floats, and no run counts so far
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 _ROW = "rows."
+GENERATOR_STATES = "generator_states"  # older releases do not save them
 FLAGS = "has_unattributed"  # of each row's interval, and last of the open one
 _TYPES = {
     "source": (str,),
@@ -35,7 +38,14 @@ _TYPES = {
     "refusal": (str,),
 }
 # older releases do not save them
-LATER_TEXTS = ("weights", "custody", "run_name", "noise_generator", "noise_is")
+LATER_TEXTS = (
+    "weights",
+    "custody",
+    "run_name",
+    "noise_generator",
+    "noise_is",
+    "accountant_is",
+)
 
 
 def require_version(state: Any) -> None:
@@ -76,12 +86,16 @@ def require_whole(state: Mapping[str, Any]) -> None:
         _check(type(state.get(name, "")) is str, name, "of another type")
     checked_weights(state.get("weights") or None)
     checked_noise_generator(state.get("noise_generator") or None)
+    charged = state.get("accountant_is", "")
+    _check(charged in ("", TOO_SMALL), "accountant_is", "unknown")
     _check(state.get("noise_is", "") in ("", ASSUMED), "noise_is", "unknown")
     _check(
         has_whole_counts(state),
         "participations",
         "missing or of another type",
     )
+    seen = state.get(GENERATOR_STATES, SeenStates().state())
+    _check(SeenStates.is_state(seen), GENERATOR_STATES, "of another type, or damaged")
     if state.get("custody"):
         Custody.from_json(state["custody"])
     expect(

@@ -45,6 +45,7 @@ class Part:
         return self
 
     def train(self, loss=CROSS_ENTROPY):
+        torch.manual_seed(self.engine.recorder.num_steps)  # other noise after a resume
         for x, y in self.loader:
             self.optimizer.zero_grad()
             loss(self.model(x), y).backward()

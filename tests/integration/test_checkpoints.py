@@ -79,7 +79,7 @@ def test_loading_before_the_run_is_prepared():
     file, second = save(first), Training()
     engine = type(first.engine)(accountant="rdp")
     engine.load_checkpoint(path=file, module=second.model, optimizer=second.optimizer)
-    resumed = Training(engine=engine).train(1)
+    resumed = Training(engine=engine, seed=1).train(1)
     assert resumed.engine.ledger.mechanism.num_steps == 8
     assert resumed.engine.privacy_losses(2).shape == (24,)
 

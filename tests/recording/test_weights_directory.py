@@ -117,7 +117,7 @@ def test_rows_with_unattributed_samples_are_compared_as_the_ledger_has_them(tmp_
 def resumed(directory, state):
     """A training that goes on after a saved one, in a directory."""
     recorder = Recorder(every=1, weights_dir=directory)
-    training = Training(recorder=recorder, batch_size=6)
+    training = Training(recorder=recorder, batch_size=6, seed=9)
     recorder.load_state_dict(state)
     return training
 
