@@ -10,12 +10,23 @@ there is no amplification and participations are counted, so a second update is 
 *What breaks it.* A second update on a batch that is no longer recognised, because it
 was copied and changed or was delivered long ago. The samples of such a batch are
 unattributed, and the link "identity" counts them.
+
+**Equal draws.** Under Poisson sampling all sets of b of the n examples are equally
+likely to be the draw of an update of b examples. If a draw is one of those before, with
+a probability below 10^-12 (in consecutive updates if one is not enough), the generator
+of the loader was put back, and the draw is not a new one. *What breaks it:* as in
+``custody/seen_states.py``; draws before a run was resumed are not known.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from opacus_pi.custody.chain import Chain
+from opacus_pi.custody.seen_states import SeenStates
 
 __all__ = ["DrawLink"]
 
@@ -27,7 +38,13 @@ _USED_TWICE = (
     "batches. Alternatively, pass poisson_sampling=False: the accounting then counts "
     "every participation."
 )
-
+_DRAWN_AGAIN = (
+    "The examples of an update are those of an earlier one, which does not happen by "
+    "chance: the generator from which the loader draws its batches was put back, for "
+    "example by torch.manual_seed with one seed in every epoch. The accounting assumes "
+    "that every update draws a fresh batch. Seed the generator once."
+)
+_LEAST_EVIDENCE = 12 * math.log(10)
 _ONCE = "No delivered batch was used for more than one update."
 _COUNTED = "Under fixed sampling every participation is counted."
 
@@ -37,18 +54,25 @@ class Delivered(Protocol):
 
     num_updates: int
 
+    @property
+    def index_array(self) -> NDArray[np.int64] | None:
+        """The indices of its samples, negative where they are not known."""
+
 
 class DrawLink:
-    """Check that no delivered batch is used in a second update.
+    """Check that no delivered batch, and no draw, is used in a second update.
 
     Args:
         chain: The chain of custody of the run.
         is_poisson: Whether every update needs a draw of its own.
+        num_examples: Number of examples of the data set.
     """
 
-    def __init__(self, chain: Chain, *, is_poisson: bool) -> None:
+    def __init__(self, chain: Chain, *, is_poisson: bool, num_examples: int) -> None:
         self._chain, self._is_poisson = chain, is_poisson
+        self._num_examples = num_examples
         self._has_checked = False
+        self._drawn, self._evidence = SeenStates(), 0.0
 
     def update_was_made(self, batches: Iterable[Delivered]) -> None:
         """Note which delivered batches have entered an update.
@@ -58,10 +82,32 @@ class DrawLink:
                 included.
         """
         if self._is_poisson:
-            for batch in batches:
-                if batch.num_updates > 1:
-                    self._chain.break_link("draw", _USED_TWICE)
-                    return
+            entered = list(batches)
+            if any(batch.num_updates > 1 for batch in entered):
+                self._chain.break_link("draw", _USED_TWICE)
+                return
+            if self._is_drawn_again([batch.index_array for batch in entered]):
+                self._chain.break_link("draw", _DRAWN_AGAIN)
+                return
         if not self._has_checked:
             self._has_checked = True
             self._chain.check("draw", _ONCE if self._is_poisson else _COUNTED)
+
+    def _is_drawn_again(self, parts: list[NDArray[np.int64] | None]) -> bool:
+        """Return whether an update has the examples of an earlier one, not by chance.
+
+        Args:
+            parts: The indices of each batch that entered it; None: not known.
+        """
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts) or not known:
+            return False
+        indices = known[0] if len(known) == 1 else np.concatenate(known)
+        num_before = len(self._drawn)
+        if self._drawn.add(indices.tobytes()):
+            self._evidence = 0.0
+            return False
+        n, b = self._num_examples, min(len(indices), self._num_examples)
+        num_sets = math.lgamma(n + 1) - math.lgamma(b + 1) - math.lgamma(n - b + 1)
+        self._evidence += max(0.0, num_sets - math.log(num_before))
+        return self._evidence >= _LEAST_EVIDENCE

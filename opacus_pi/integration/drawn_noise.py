@@ -17,7 +17,7 @@ parameters on an accelerator, for which every update would have to wait.
 
 **Repetition.** If the generator is in a state from which the noise of an earlier update
 was drawn, the same noise is drawn again, and the two updates are not two draws of the
-mechanism: ``recording/seen_states.py``.
+mechanism: ``custody/seen_states.py``.
 """
 
 from collections.abc import Iterable

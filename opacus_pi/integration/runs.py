@@ -307,7 +307,11 @@ class PreparedRun:
             recorder: Receives what the optimizer reports.
             renyi_filter: The engine's budgets, if it has any.
         """
-        draws = DrawLink(self.chain, is_poisson=is_poisson(self.loader))
+        draws = DrawLink(
+            self.chain,
+            is_poisson=is_poisson(self.loader),
+            num_examples=size_of(self.loader.dataset),
+        )
         update = UpdateUnderWay(
             recorder, self.tracker, self.hooks, self.sample_rate, self.chain, draws
         )

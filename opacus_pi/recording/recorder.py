@@ -56,6 +56,9 @@ from opacus_pi.recording.weights_directory import claim_directory
 
 __all__ = ["Recorder"]
 
+# of a Mersenne Twister's state: its position and 61 of 624 words
+_STATE_BYTES = 512
+
 R = TypeVar("R", bound="RecorderOptions")
 
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
@@ -601,7 +604,8 @@ class Recorder(RecorderOptions):
         Returns:
             False if noise of an earlier update was drawn from the same state.
         """
-        return self._begun().generator_states.add(state)
+        known = state[:_STATE_BYTES].numpy().tobytes()
+        return self._begun().generator_states.add(known)
 
     def assume_noise(self) -> None:
         """Mark the noise of the run as assumed: its losses then only rank examples.

@@ -19,6 +19,7 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.custody.seen_states import SeenStates
 from opacus_pi.ledger.custody import MAX_UNATTRIBUTED, Custody
 from opacus_pi.ledger.noise_generator import weakest
 from opacus_pi.ledger.run_identity import row_hash
@@ -37,7 +38,6 @@ from opacus_pi.recording.saved_state import (
     require_whole,
 )
 from opacus_pi.recording.schedule import Every, num_due
-from opacus_pi.recording.seen_states import SeenStates
 
 _FACTS = ("source", "num_examples", "sample_rate", "sampling", "data_set")
 _COUNTS = ("num_steps", "refusal")

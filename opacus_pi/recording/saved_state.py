@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from opacus_pi._validate import expect, require
+from opacus_pi.custody.seen_states import SeenStates
 from opacus_pi.ledger.checks import checked_steps, checked_weights
 from opacus_pi.ledger.custody import Custody
 from opacus_pi.ledger.noise_generator import checked_noise_generator
 from opacus_pi.recording.participations import has_whole_counts, layout_of_counts
-from opacus_pi.recording.seen_states import SeenStates
 
 VERSION = 1
 ASSUMED = "assumed"

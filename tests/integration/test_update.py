@@ -33,7 +33,7 @@ class Settings:
 def update():
     recorder, tracker = Recorder(), Tracker()
     chain, hooks = Chain(), GradSampleModule(nn.Linear(2, 1))
-    draws = DrawLink(chain, is_poisson=False)
+    draws = DrawLink(chain, is_poisson=False, num_examples=4)
     facts = {"num_examples": 4, "sample_rate": 0.5, "sampling": "fixed"}
     recorder.begin(**facts, data_set="toy", chain=chain)
     return UpdateUnderWay(recorder, tracker, hooks, 0.5, chain, draws)

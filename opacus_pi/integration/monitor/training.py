@@ -119,7 +119,11 @@ class _Custody:
 
     @classmethod
     def of(
-        cls, scheme: SamplingScheme, module: nn.Module, recorder: Recorder
+        cls,
+        scheme: SamplingScheme,
+        module: nn.Module,
+        recorder: Recorder,
+        num_examples: int,
     ) -> "_Custody":
         """Begin the chain of a run, with what is known before it starts.
 
@@ -127,11 +131,16 @@ class _Custody:
             scheme: How the loader samples a batch.
             module: The model.
             recorder: May declare that the model does not mix examples.
+            num_examples: Number of examples of the data set.
         """
         chain = Chain()
         for link, evidence in _EVIDENCE.items():
             chain.check(link, evidence)
-        draws = DrawLink(chain, is_poisson=scheme.sampling == "poisson")
+        draws = DrawLink(
+            chain,
+            is_poisson=scheme.sampling == "poisson",
+            num_examples=num_examples,
+        )
         snapshot = WeightSnapshot()
         weights = WeightsLink(chain, snapshot)
         model_probe = _new_model_probe(recorder, module, chain)
@@ -211,7 +220,7 @@ def monitor(
     scheme = sampling_scheme(loader)
     if noise_std == 0:
         tracker = BatchTracker()  # which samples a batch has does not matter here
-    custody = _Custody.of(scheme, module, recorder)
+    custody = _Custody.of(scheme, module, recorder, size_of(data_set))
     collate_fn.chain = custody.chain
     training = TrainingStates(module, optimizer, mean_batch_size=scheme.mean_batch_size)
     if recorder.checkpoints is not None:

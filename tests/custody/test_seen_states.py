@@ -3,15 +3,15 @@
 import pytest
 import torch
 
+from opacus_pi.custody.seen_states import MAX_KEPT, SeenStates
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.saved_state import GENERATOR_STATES, require_whole
-from opacus_pi.recording.seen_states import MAX_KEPT, SeenStates
 
 
 def _draw(seen, count, generator):
     new = []
     for _ in range(count):
-        new.append(seen.add(generator.get_state()))
+        new.append(seen.add(generator.get_state().numpy().tobytes()))
         torch.rand(3, generator=generator)
     return new
 

@@ -19,8 +19,7 @@ below 10^-6 in a billion updates.
 that can be read.
 
 >>> seen = SeenStates()
->>> one, other = torch.tensor([1, 2]), torch.tensor([1, 3])
->>> seen.add(one), seen.add(other), seen.add(one)
+>>> seen.add(b"one"), seen.add(b"other"), seen.add(b"one")
 (True, True, False)
 """
 
@@ -33,7 +32,6 @@ from torch import Tensor
 __all__ = ["MAX_KEPT", "SeenStates"]
 
 MAX_KEPT = 4096
-_NUM_BYTES = 512  # of the Mersenne Twister these are its position and 61 of 624 words
 _MAX_BITS = 62
 
 
@@ -48,14 +46,16 @@ class SeenStates:
     def __init__(self, digests: Iterable[int] = (), num_bits: int = 0) -> None:
         self._kept, self._num_bits = set(digests), num_bits
 
-    def add(self, state: Tensor) -> bool:
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, state: bytes) -> bool:
         """Keep a state; return False if it is known to have been there before.
 
         Args:
-            state: On the CPU, as ``torch.Generator.get_state`` returns it.
+            state: What describes it.
         """
-        known = state[:_NUM_BYTES].numpy().tobytes()
-        found = hashlib.blake2b(known, digest_size=8).digest()
+        found = hashlib.blake2b(state, digest_size=8).digest()
         digest = int.from_bytes(found, "little") >> 1
         if digest & self._mask:
             return True

@@ -1,0 +1,97 @@
+"""Draws of a Poisson loader that come again, which no chance explains."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from opacus_pi import AccountingError, PrivacyEngine
+from opacus_pi.custody import Chain
+from opacus_pi.custody.draws import DrawLink
+
+AGAIN = "examples of an update are those of an earlier one"
+
+
+class Batch:
+    """The part of a delivery that the link looks at."""
+
+    num_updates = 1
+
+    def __init__(self, indices):
+        self.index_array = None if indices is None else np.array(indices, np.int64)
+
+
+def _is_broken(draws, num_examples, is_poisson=True):
+    chain = Chain()
+    link = DrawLink(chain, is_poisson=is_poisson, num_examples=num_examples)
+    for batches in draws:
+        link.update_was_made([Batch(indices) for indices in batches])
+    return chain.is_broken("draw")
+
+
+def _poisson(n, rate, count, seed=0):
+    generator = np.random.default_rng(seed)
+    return [[np.flatnonzero(generator.random(n) < rate)] for _ in range(count)]
+
+
+@pytest.mark.filterwarnings("ignore:This run no longer has a ledger")
+def test_draws_that_come_again_are_found():
+    draws = _poisson(200, 0.1, 50)
+    assert _is_broken([*draws, draws[7]], 200)
+    assert not _is_broken([*draws, draws[7]], 200, is_poisson=False)
+
+
+@pytest.mark.filterwarnings("ignore:This run no longer has a ledger")
+def test_in_a_small_data_set_one_equal_draw_is_not_enough():
+    draws = _poisson(24, 0.5, 12)
+    assert not _is_broken([*draws, draws[2]], 24)
+    assert _is_broken([*draws, *draws], 24)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("n", "rate"), [(3, 0.5), (8, 0.3), (16, 0.5), (30, 0.1)])
+def test_independent_draws_are_left_alone(n, rate, seed):
+    assert not _is_broken(_poisson(n, rate, 4000, seed), n)
+
+
+@pytest.mark.filterwarnings("ignore:This run no longer has a ledger")
+def test_the_batches_of_one_update_count_together():
+    halves = [[one[:4], one[4:]] for (one,) in _poisson(200, 0.1, 20)]
+    assert not _is_broken(halves, 200)
+    assert _is_broken([*halves, halves[3]], 200)
+    tails = [[one, [199]] for (one,) in _poisson(199, 0.1, 20)]
+    assert not _is_broken(tails, 200)
+
+
+def test_unknown_and_empty_draws_say_nothing():
+    assert not _is_broken([[None]] * 20 + [[[]]] * 20 + [[]] * 20, 200)
+
+
+def test_a_generator_of_the_loader_that_is_seeded_in_every_epoch():
+    torch.manual_seed(0)
+    data_set = [(torch.randn(3), i % 2) for i in range(64)]
+    generator, net, engine = torch.Generator(), nn.Linear(3, 2), PrivacyEngine()
+    model, optimizer, loader = engine.make_private(
+        module=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        data_loader=DataLoader(data_set, batch_size=8, generator=generator),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+
+    def epoch():
+        for x, y in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    for seed in range(3):
+        generator.manual_seed(seed)
+        epoch()
+    assert engine.ledger.num_examples == 64
+    generator.manual_seed(1)
+    with pytest.warns(UserWarning, match=AGAIN):
+        epoch()
+    with pytest.raises(AccountingError, match=AGAIN):
+        engine.ledger.num_examples  # noqa: B018
