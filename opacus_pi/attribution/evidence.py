@@ -18,11 +18,11 @@ drawn places. A change of a share f of its entries, made without knowing these p
 is missed with a probability of at most ``(1 - f)**256``; a permutation of samples that
 differ in most entries is not missed. On an accelerator, content of delivered memory is
 compared where torch has counted a write, and in one of 32 batches: a write through
-``.data`` to the memory of single other batches is missed. Inputs of one number a
-sample, and masks and positions, say nothing about the order of examples unless the
-loader delivered them. A loop that permutes samples and also computes new inputs from
-them is attributed wrongly where the order is assumed; such samples are counted as
-``by_latest``.
+``.data`` to the memory of single other batches is missed. Masks and positions say
+nothing about the order of examples unless the loader delivered them; of inputs with one
+number a sample, see :mod:`~opacus_pi.attribution.own_numbers`. A loop that permutes
+samples and also computes new inputs from them is attributed wrongly where the order is
+assumed; such samples are counted as ``by_latest``.
 """
 
 from collections import Counter
@@ -71,6 +71,7 @@ from opacus_pi.attribution.model_inputs import (
     SharedRows,
     lost_order,
 )
+from opacus_pi.attribution.own_numbers import are_own
 from opacus_pi.attribution.samples import DelayedChecksums
 
 __all__ = ["assumed", "recognised"]
@@ -224,8 +225,8 @@ def _agreed(
     positions, alike = _in_order(found, positions, [*deciding, *beside], order)
     is_clear = np.ones(len(positions), np.bool_)
     is_clear[rows_of_all(alike)] = False
-    for given in beside:
-        disagree |= _is_of_others(given, positions, delivery) & is_clear
+    moved = [_is_of_others(given, positions, delivery) & is_clear for given in beside]
+    disagree |= np.any(moved, axis=0)
     rest = positions < 0
     places, cause = _assumed_places(found, rest)
     is_assumed = rest if places is not None and rest.any() else None
@@ -239,7 +240,13 @@ def _agreed(
     ):
         unattributed[reason] += int(np.count_nonzero(which))
         indices = np.where(which, UNATTRIBUTED, indices)
-    is_unseen = any(not given.is_pattern for given in beside)
+    is_unseen = any(
+        not (
+            which.any()
+            or _is_explained(given, positions, [*deciding, *beside], delivery)
+        )
+        for given, which in zip(beside, moved, strict=True)
+    )
     if is_unseen and all(given.is_pattern for given in deciding):
         # only a mask was recognised
         is_assumed, is_unseen = np.ones(len(rest), np.bool_), False
@@ -377,6 +384,20 @@ def _is_of_others(
         if np.array_equal(np.sort(sums), np.sort(expected)):
             differing.append(sums != expected)
     return differing[0] if differing else none
+
+
+def _is_explained(
+    given: Input, positions: Indices, inputs: list[Input], delivery: Delivery
+) -> bool:
+    """Return whether an input is a mask, positions, or numbers of its own samples.
+
+    Args:
+        given: The input.
+        positions: Position of each sample in the delivery.
+        inputs: All inputs with as many samples.
+        delivery: The delivery.
+    """
+    return given.is_pattern and are_own(given, positions, inputs, delivery)
 
 
 def _is_ambiguous(

@@ -154,15 +154,23 @@ class Input:
 
         That is: all samples are alike, and the same in each batch; or they have one
         entry, two different numbers only, or whole numbers that rise by at most one,
-        as positions do.
+        as positions do. A single number in all entries must be the same in each batch.
         """
-        return self.has_pattern or (self.is_alike and not self.changes)
+        if self.is_alike and not self.changes:
+            return True
+        return self.has_pattern and not (self.changes and self._is_one_number)
 
     @cached_property
     def is_alike(self) -> bool:
         """Return whether there are several samples, and all of them are alike."""
         sums = self.content.checksums
         return len(sums) > 1 and bool((sums == sums[0]).all())
+
+    @property
+    def _is_one_number(self) -> bool:
+        """Return whether samples have several entries, and all of them are equal."""
+        entries = self.content.entries
+        return entries.shape[1] > 1 and bool((entries == entries.flat[0]).all())
 
     @cached_property
     def has_pattern(self) -> bool:
@@ -305,7 +313,7 @@ class SharedRows:
             inputs: All inputs of a forward pass, compared with the deliveries already.
         """
         for place, given in enumerate(inputs):
-            if given.findings or given.has_pattern or not given.is_alike:
+            if given.findings or not given.is_alike:
                 continue
             row = int(given.content.checksums[0])
             key = place, given.content.width

@@ -204,7 +204,7 @@ class Several(nn.Module):
         beside = (
             0.0 if other is None else other.float().reshape(len(x), -1).sum(1)[:, None]
         )
-        return self.layer(x) + beside
+        return self.layer(x.float()) + beside
 
 
 def bound(batch, inputs, **keywords):
@@ -255,7 +255,6 @@ def test_triplets():
         torch.arange(4).expand(4, 4),  # positions
         torch.tensor([[0, 1, 2, 3], [0, 1, 1, 1], [0, 1, 2, 2], [0, 0, 0, 0]]),
         torch.randn(1, 4),
-        torch.rand(4),  # a time for each sample
         torch.randn(7, 4),
         Y,
         nn.functional.one_hot(Y, 3).float(),
@@ -268,6 +267,55 @@ def test_masks_positions_and_numbers_beside_a_batch_are_no_trouble(other):
     else:
         indices, tracker = bound((X, Y), (X,), other=other.expand(4, *other.shape[1:]))
     assert indices == [4, 5, 6, 7] and tracker.causes == {}
+
+
+IDS = torch.tensor([[3, 9, 2, 0], [8, 4, 0, 0], [5, 0, 0, 0], [7, 6, 1, 2]])
+ITEMS = torch.tensor([4, 11, 7, 20])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (IDS != 0).sum(1),  # lengths
+        (IDS != 0).sum(1, keepdim=True) - 1,  # places of the last tokens
+        torch.arange(4),
+        4 * torch.arange(4),  # where samples begin in one row of all tokens
+        torch.full((4,), 4),  # the padded length
+        torch.zeros(4, dtype=torch.long),
+        ITEMS,
+        ITEMS + 12,  # nodes of a graph: the items come after 12 users
+        ITEMS[:, None].float(),
+    ],
+    ids=str,
+)
+def test_numbers_of_a_samples_own_beside_a_batch_are_no_trouble(other):
+    indices, tracker = bound((IDS, ITEMS), (IDS.clone(), other.clone()))
+    assert indices == [4, 5, 6, 7] and tracker.causes == {}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (ITEMS[SWAPPED] + 1) % 25,
+        ITEMS[SWAPPED] + 12,
+        (ITEMS[SWAPPED] > 10).long(),
+        (IDS != 0).sum(1)[SWAPPED],
+        ITEMS.cumsum(0),
+        torch.tensor([0.3, 0.9, 0.1, 0.5]),  # drawn: a time for each sample
+        torch.tensor([412, 33, 871, 90]),
+    ],
+    ids=str,
+)
+def test_numbers_that_may_come_from_other_samples_are_said(other):
+    for given in (other, other[:, None]):
+        indices, tracker = bound((IDS, ITEMS), (IDS.clone(), given.clone()))
+        assert indices == [4, 5, 6, 7] and tracker.causes == {ANOTHER_INPUT.name: 4}
+
+
+def test_two_inputs_that_are_computed_alike_are_said():
+    node = ITEMS[SWAPPED] + 12
+    indices, tracker = bound((IDS, ITEMS), (IDS.clone(), node), another=node + 1)
+    assert indices == [4, 5, 6, 7] and tracker.causes == {ANOTHER_INPUT.name: 4}
 
 
 def test_an_input_that_the_loop_computed_beside_a_batch_is_said():

@@ -208,9 +208,13 @@ def test_probes_without_a_tracker_do_nothing():
     [
         (lambda x: x.mean(0).expand(len(x), -1).clone(), {ANOTHER_INPUT.name: 3}),
         (lambda x: torch.linspace(0, 1, 5).expand(len(x), -1).clone(), {}),
-        (lambda x: torch.full((len(x), 5), float(x[0, 0])), {}),
+        (lambda x: torch.full((len(x), 5), 0.5), {}),
+        (lambda x: torch.full((len(x), 5), float(x[0, 0])), {ANOTHER_INPUT.name: 3}),
+        (lambda x: x.max().expand(len(x)).clone(), {ANOTHER_INPUT.name: 3}),
+        (lambda x: torch.full((len(x),), 2), {}),
+        (lambda x: torch.full((len(x), 1), x.shape[1]), {}),
     ],
-    ids=["mean", "table", "constant"],
+    ids=["mean", "table", "constant", "one of them", "maximum", "number", "size"],
 )
 @pytest.mark.filterwarnings("ignore:Samples are attributed without verification")
 def test_a_second_input_alike_in_all_samples_must_be_alike_in_all_batches(
