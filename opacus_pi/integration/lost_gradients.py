@@ -9,8 +9,8 @@ the per-example gradients of a backward pass must be what the pass has added to
 
 *Guarantee.* In a checked backward pass, a lost gradient is found if it is larger than
 1 % of what the examples contribute (the sum of their norms; up to 6 % in half or mixed
-precision). Passes 1, 2, 4, 8, 16 and so on are checked, and every 64th. Nothing is
-written.
+precision). Passes 1, 2, 4, 8, 16 and so on are checked, and every 64th. It is reported
+when an update uses the gradients of the pass. Nothing is written.
 
 With ew, torch computes the per-example gradients in place of ``p.grad``, so a pass
 should add nothing to it. There a lost gradient may arrive before those of the examples,
@@ -90,6 +90,7 @@ class LostGradients:
         self._pass = -1  # the number that torch gives it
         self._rounding = 0.0  # of mixed precision
         self._before: list[_Before] | None = None
+        self._found = ""  # in a pass whose gradients no update has used yet
 
     def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         """Note in a forward pass what the comparison needs.
@@ -142,9 +143,22 @@ class LostGradients:
             if difference > self._tolerance(one.parameter) * max(size, least):
                 name = self._names.get(id(one.parameter), "a parameter")
                 shares[name] = difference / (difference + size)
-        if shares and not self._chain.is_broken("norm"):
-            reason = _LOST.format(names=listed(shares), share=max(shares.values()))
-            self._chain.leave_unchecked("norm", reason)
+        if shares:
+            share = max(shares.values())
+            self._found = _LOST.format(names=listed(shares), share=share)
+
+    def gradients_were_cleared(self) -> None:
+        """Forget what was found in passes whose gradients no update will use.
+
+        A generator is trained through the private model with such passes.
+        """
+        self._found = ""
+
+    def gradients_were_used(self) -> None:
+        """Report what was found: the gradients of the passes enter an update."""
+        found, self._found = self._found, ""
+        if found and not self._chain.is_broken("norm"):
+            self._chain.leave_unchecked("norm", found)
 
     def _tolerance(self, parameter: nn.Parameter) -> float:
         """Return which share of a parameter's gradient may be rounding."""

@@ -358,6 +358,8 @@ class PreparedRun:
             update.passes = probe_losses(criterion, self.chain, self.tracker)
         if self.lost is not None:
             self.tracker.saw_backward.append(self.lost.backward_began)
+            self.tracker.forgot_passes.append(self.lost.gradients_were_cleared)
+            update.lost = self.lost
         if not isinstance(self.module, FSDPModule):  # whose weights are made anew
             trained = TrainedOutside(self.module, self.optimizer, self.chain)
             self.tracker.saw_backward.append(trained.backward_began)

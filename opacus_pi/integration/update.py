@@ -35,6 +35,7 @@ from opacus_pi.integration.checks import (
 from opacus_pi.integration.drawn_noise import tell_of_repeated_noise
 from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.loop_loss import LoopLoss
+from opacus_pi.integration.lost_gradients import LostGradients
 from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.integration.swept_model import SweptModel
 from opacus_pi.integration.trained_outside import TrainedOutside
@@ -81,6 +82,7 @@ class UpdateUnderWay:
         passes: Compares both backward passes of ghost clipping; None: nothing does.
         trained_outside: Finds tensors outside of the model that the loss trains; None:
             nothing looks for them.
+        lost: Finds gradients that updates leave out; None: nothing looks for them.
         loop_loss: Compares updates with a criterion that was audited; None: none was.
         swept: The model that sweeps measure; None: norms are observed.
         is_superseded: Whether a later ``make_private`` of the same engine has begun
@@ -104,6 +106,7 @@ class UpdateUnderWay:
     paths: PathsToWeights | None = None
     passes: TwoPasses | None = None
     trained_outside: TrainedOutside | None = None
+    lost: LostGradients | None = None
     loop_loss: LoopLoss | None = None
     swept: SweptModel | None = None
     is_superseded: bool = False
@@ -146,6 +149,8 @@ class UpdateUnderWay:
             clipped_only: Whether only complete passes of ghost clipping count.
         """
         passes = self.tracker.take_attributed(sizes, clipped_only=clipped_only)
+        if self.lost is not None:
+            self.lost.gradients_were_used()
         if self.loop_loss is not None:
             self.loop_loss.compare(passes, norms)
         # nearly always: one batch as it was delivered, whose indices are distinct

@@ -309,3 +309,29 @@ def test_gradients_that_the_loop_clears_or_clips_are_not_lost(mode, cleared):
             nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
     assert [link.name for link in engine.ledger.custody.unchecked] == ["loss"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_a_generator_is_trained_through_the_private_model(mode):
+    torch.manual_seed(0)
+    model, generator = Net(usual), nn.Linear(2, D)
+    engine = PrivacyEngine()
+    wrapped, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(INPUTS, LABELS), batch_size=2),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+    )
+    for inputs, labels in loader:
+        optimizer.zero_grad()
+        wrapped.disable_hooks()
+        F.cross_entropy(wrapped(generator(torch.randn(5, 2))), LABELS[:5]).backward()
+        wrapped.enable_hooks()
+        optimizer.zero_grad()
+        F.cross_entropy(wrapped(inputs), labels).backward()
+        optimizer.step()
+    assert [link.name for link in engine.ledger.custody.unchecked] == ["loss"]
