@@ -9,6 +9,7 @@ the old file or the new one, never a part, even if the process is killed at any 
 opened by name again. Threads, and processes with equal ids on a shared volume, cannot
 write into each other's file, and a file or a link that somebody put there beforehand is
 not used. Whatever mode an earlier file had, the new one is readable by its owner only.
+A file is replaced only by one of its own kind (``replaced_content``).
 
 *What breaks it.* File systems whose rename is not atomic (some network shares).
 
@@ -24,15 +25,17 @@ False
 
 import contextlib
 import errno
+import io
 import os
 import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from opacus_pi.files.regular_file import replaceable
+from opacus_pi.files.replaced_content import START, require_replaceable
 from opacus_pi.files.unfinished import locked, remove_unfinished, temporary_name
 
 __all__ = [
@@ -44,6 +47,12 @@ __all__ = [
 ]
 
 _OWNER_ONLY = 0o600
+_REMEDIES = {
+    errno.ENOSPC: "Free space on the disk, and write it again",
+    errno.EDQUOT: "Free space within your quota, and write it again",
+    errno.EFBIG: "Raise the limit of the size of a file (ulimit -f), or choose another "
+    "place, and write it again",
+}
 # "w" would follow a link or reuse a file; O_EXCL refuses both. O_NOFOLLOW and O_CLOEXEC
 # do not exist on every system.
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -67,27 +76,69 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Raises:
         OSError: If it cannot be written, or if ``path`` is a link that another user put
-            into a directory that is not theirs.
+            into a directory that is not theirs. It names ``path``.
         ValueError: If the name is that of a directory, a pipe, a device, a socket or a
-            link that leads back to itself.
+            link that leads back to itself, or of a file with content of another kind,
+            which stays as it is.
     """
     _require_own_link(os.fspath(path))
     target = replaceable(path)
     remove_unfinished(target)
     temporary, handle = _new_temporary_file(target)
+    raw = _Noting(handle, "wb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            with open(temporary, "rb") as written:
+                require_replaceable(target, written.read(START))
             if os.name == "posix":  # while the file is locked
                 os.replace(temporary, target)
         if os.name != "posix":  # Windows cannot rename an open file
             os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        fault = raw.fault or error  # torch.save raises another error in its place
+        if isinstance(fault, OSError) and fault.filename is None:
+            raise _not_written(fault, target) from error
         raise
     sync_directory(target.parent)
+
+
+class _Noting(io.FileIO):
+    """A file that keeps the error with which a write to it failed."""
+
+    fault: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        """Write bytes.
+
+        Args:
+            content: An object with the buffer protocol.
+        """
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.fault = error
+            raise
+
+
+def _not_written(fault: OSError, path: Path) -> OSError:
+    """Return an error that names the file, what is under its name, and the remedy.
+
+    Args:
+        fault: The system's error, which names no file or the temporary one.
+        path: The file that was to be written.
+    """
+    is_kept = "the earlier file of this name is unchanged" if path.exists() else ""
+    remedy = _REMEDIES.get(fault.errno or 0, "Choose another place, and write it again")
+    return OSError(
+        fault.errno,
+        f"{fault.strerror}: the file was not written{is_kept and ', and '}{is_kept}. "
+        f"{remedy}",
+        os.fspath(path),
+    )
 
 
 def _new_temporary_file(target: Path) -> tuple[Path, int]:
@@ -134,7 +185,12 @@ def put_new_file(path: Path, write: Callable[[Path], None]) -> bool:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     os.close(handle)
     try:
-        write(Path(hidden))
+        try:
+            write(Path(hidden))
+        except OSError as error:
+            if error.filename not in (None, hidden):
+                raise
+            raise _not_written(error, path) from error
         try:
             os.link(hidden, path)
         except FileExistsError:

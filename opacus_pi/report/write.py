@@ -16,6 +16,7 @@ from typing import Any
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.files.atomic_file import replace_file
+from opacus_pi.files.replaced_content import require_replaceable
 from opacus_pi.files.strict_json import json_text, strict
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
 from opacus_pi.report.figures import distribution_pictures, trace_pictures
@@ -68,7 +69,8 @@ def write_report(
     Raises:
         ValueError: If the ledger has no noise, not even an assumed one, if an oracle
             is given without a result, if the result does not come from the training of
-            the ledger, or if a number is outside its domain. Then nothing is written.
+            the ledger, if a number is outside its domain, or if one of the two files
+            exists and holds neither a text nor a report. Then nothing is written.
     """
     page_path = Path(path)
     expect(
@@ -104,8 +106,14 @@ def write_report(
         distribution_pictures(scores, _forget_loss(facts)),
         {} if result is None else trace_pictures(result.trace, oracle or {}),
     )
-    replace_file(page_path, page.encode())
-    replace_file(page_path.with_suffix(".json"), json_text(facts).encode())
+    contents = {
+        page_path: page.encode(),
+        page_path.with_suffix(".json"): json_text(facts).encode(),
+    }
+    for place, content in contents.items():
+        require_replaceable(place, content)
+    for place, content in contents.items():
+        replace_file(place, content)
     return facts
 
 

@@ -15,6 +15,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:PrivacyEngine detected new dataset"),
     pytest.mark.filterwarnings("ignore:Secure RNG turned off"),
 ]
+_KEPT = "the file was not written, and the earlier file of this name is unchanged. "
+_LARGE = f"File too large: {_KEPT}Raise the limit"
+_FULL = f"No space left on device: {_KEPT}Free space on the disk"
 REPLACED = [name for name in WRITERS if name not in ("oracle", "log")]
 
 
@@ -45,8 +48,9 @@ def test_a_quota(tmp_path, name):
     writer = WRITERS[name]
     writer.write(tmp_path, 0)
     (file,) = writer.names
-    with no_file_above(100), pytest.raises((OSError, RuntimeError)):
+    with no_file_above(100), pytest.raises(OSError, match=_LARGE) as raised:
         writer.write(tmp_path, 1)
+    assert raised.value.filename == str(tmp_path / file)
     assert os.listdir(tmp_path) == [file]
     assert writer.read(tmp_path) == 0
     writer.write(tmp_path, 1)
@@ -70,8 +74,9 @@ def test_a_full_disk(disk, name):
     writer = WRITERS[name]
     writer.write(disk, 0)
     fill(disk)
-    with pytest.raises((OSError, RuntimeError)):
+    with pytest.raises(OSError, match=_FULL) as raised:
         writer.write(disk, 1)
+    assert raised.value.filename in {str(disk / name) for name in writer.names}
     assert sorted(os.listdir(disk)) == sorted([*writer.names, "filler"])
     assert writer.read(disk) == 0
     (disk / "filler").unlink()

@@ -1,5 +1,6 @@
 """Files are replaced in one step, for their owner only, and never through a link."""
 
+import errno
 import fcntl
 import os
 import secrets
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.files import atomic_file
@@ -21,6 +23,8 @@ from opacus_pi.files.atomic_file import (
     restrict_to_owner,
 )
 from opacus_pi.files.regular_file import require_regular
+from opacus_pi.recording.state_file import write_state
+from tests.faults.killing import no_file_above
 
 
 def mode_of(path):
@@ -246,3 +250,31 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path):
     with pytest.raises(FileNotFoundError) as raised:
         replace_file(path, b"new")
     assert raised.value.filename == str(path)
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 200_000])
+def test_a_failed_write_names_the_file_wherever_it_fails(tmp_path, limit):
+    """The buffer, the archive of torch.save, or the link to the name of a new file."""
+    path = tmp_path / "state"
+    large = torch.zeros(100_000)
+    for write in (
+        lambda: replace_file(path, bytes(300_000)),
+        lambda: write_state(path, {"weights": large}),
+        lambda: put_new_file(path, lambda hidden: hidden.write_bytes(bytes(300_000))),
+    ):
+        with no_file_above(limit), pytest.raises(OSError) as raised:
+            write()
+        assert raised.value.errno == errno.EFBIG
+        assert raised.value.filename == str(path)
+        assert "the file was not written. Raise the limit" in str(raised.value)
+        assert os.listdir(tmp_path) == []
+
+
+def test_an_error_of_the_block_stays_as_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data.csv"):
+        with replacing(tmp_path / "state"):
+            open(tmp_path / "data.csv")
+    with pytest.raises(RuntimeError, match="my own"):
+        with replacing(tmp_path / "state"):
+            raise RuntimeError("my own")
+    assert os.listdir(tmp_path) == []
