@@ -9,7 +9,7 @@ could erase lines, change colours, or reverse the order of what follows.
 
 from unicodedata import category
 
-__all__ = ["printable"]
+__all__ = ["in_one_line", "printable"]
 
 # Unicode categories: control, format (direction of text), surrogate, line, paragraph.
 _ACTING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -25,6 +25,20 @@ def printable(text: str) -> str:
         one if one in "\n\t" or category(one) not in _ACTING else _escaped(one)
         for one in text
     )
+
+
+def in_one_line(text: str) -> str:
+    r"""Return a text with all such characters escaped, line breaks too.
+
+    For a name within a line, which must not begin another one.
+
+    >>> in_one_line("Ann\nε = 0")
+    'Ann\\nε = 0'
+
+    Args:
+        text: Any text.
+    """
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _escaped(character: str) -> str:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from opacus_pi._printable import in_one_line
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices
 from opacus_pi.accounting.composed_epsilon import composed_worst_case
@@ -128,7 +129,7 @@ class PrivacyStatement:
     def __str__(self) -> str:
         examples = f"{self.num_rows} training example{'s' * (self.num_rows != 1)}"
         lines = [
-            f"Privacy statement for {self.subject} ({examples}).",
+            f"Privacy statement for {in_one_line(self.subject)} ({examples}).",
             self._own(),
             self._anyone(),
             *filter(None, [large_delta(self.delta, self.num_examples)]),

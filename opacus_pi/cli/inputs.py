@@ -123,7 +123,7 @@ def read_indices(
             require_readable_once(text)
         if Path(text).suffix == ".npy":
             return _array_in(text)
-        content = text if listed else _text_of(Path(text).read_bytes())
+        content = text if listed else _text_of(Path(text).read_bytes(), text)
     cause: Exception | None = None
     words = [word for word in re.split(r"[\s,]+", content) if word]
     try:
@@ -154,16 +154,23 @@ def _array_in(path: str) -> NDArray[Any]:
     )
 
 
-def _text_of(content: bytes) -> str:
+def _text_of(content: bytes, path: str) -> str:
     """Return a text in UTF-8, UTF-16 or UTF-32, without the mark at its beginning.
 
     Args:
         content: The bytes of a file.
+        path: The file, for the message.
 
     Raises:
         ValueError: If they are no text.
     """
-    text = content.decode(json.detect_encoding(content))
+    try:
+        text = content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not a text in UTF-8, UTF-16 or UTF-32: it is damaged, or "
+            "another kind of file. Save it as a text in UTF-8."
+        ) from error
     return text.removeprefix("\ufeff")
 
 
@@ -219,7 +226,7 @@ def _read_owners(path: str) -> dict[str, list[int]]:
         require_readable_once(path)
         stored = Path(path).read_bytes()
     try:
-        content = _text_of(stored)
+        content = _text_of(stored, path)
         pairs = json.loads(content, object_pairs_hook=tuple)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"--owners: {path} is not JSON. {remedy}") from error

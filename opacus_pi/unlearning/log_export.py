@@ -47,6 +47,7 @@ from opacus_pi.unlearning.entry_hashes import commitment_of, entry_hash
 __all__ = ["export_log", "exported_entries", "verify_export"]
 
 _FACTS = ("number", "time", "kind", "commitment", "previous", "hash")
+_MORE = ("state", "content")  # of an entry
 _DISCLOSED, _WITHHELD, _REDACTED = "disclosed", "withheld", "redacted"
 
 
@@ -130,11 +131,12 @@ def _verified(path: Path) -> list[tuple[Entry, str]]:
     """Return the entries of a file with what it says about the content of each."""
     require_regular(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         named = content["kind"], content["version"]
         rows = [dict(row) for row in content["entries"]]
+        more = sorted(content.keys() - {"kind", "version", "entries"})
     except (ValueError, TypeError, KeyError, RecursionError):
-        named, rows = (None, None), []
+        named, rows, more = (None, None), [], []
     wanted = LOG_EXPORT.name, LOG_EXPORT.version
     expect(
         named == wanted,
@@ -142,6 +144,14 @@ def _verified(path: Path) -> list[tuple[Entry, str]]:
         path,
         f"must be a whole file of the kind {wanted[0]}, version {wanted[1]}",
         "Name a file that export_log wrote.",
+    )
+    expect(
+        not more,
+        "path",
+        path,
+        "must be an unedited export of a deletion log",
+        f"It says more than a log: {', '.join(map(repr, more))[:200]}. Ask for a new "
+        "file, written by export_log.",
     )
     previous, entries = START, []
     for number, row in enumerate(rows):
@@ -169,10 +179,12 @@ def _entry(row: Mapping[str, Any]) -> tuple[Entry, str]:
         raise ValueError("another hash")
     if state not in (_DISCLOSED, _WITHHELD, _REDACTED):
         raise ValueError("another state")
-    if (content is not None) != (state == _DISCLOSED):
+    if (content is not None) != (state == _DISCLOSED) or set(row) - {*_FACTS, *_MORE}:
         raise ValueError("a content that is not disclosed")
     if content is None:
         return Entry(number, *texts), state
+    if set(content) != {"salt", "name", "body"}:
+        raise ValueError("a content that says more")
     salt, name, body = bytes.fromhex(content["salt"]), content["name"], content["body"]
     if commitment_of(salt, name, body) != texts[2]:
         raise ValueError("another content")

@@ -466,7 +466,8 @@ def requested_indices(
     """Return every example that a log's requests ask to forget, done or pending.
 
     No file is changed. The examples of redacted requests are known from the weights
-    file beside the log.
+    file beside the log. If that file honours requests that the log does not have, the
+    log's last entries were removed.
 
     Args:
         path: The deletion log.
@@ -478,12 +479,16 @@ def requested_indices(
 
     Raises:
         FileNotFoundError: If there is no such log.
-        ValueError: If the log or the weights are damaged, or are about another
-            training set, or a request was redacted and there are no weights.
+        ValueError: If the log or the weights are damaged, do not belong together, or
+            are about another training set, or a request was redacted and there are no
+            weights.
     """
     found = requests_of(read_entries(path), num_examples, data_set)
     named = {i for r in found.submitted.values() if r is not None for i in r.indices}
     weights = weights_path_of(path)
+    stored = stored_weights(weights, num_examples)
+    if weights.exists():
+        _honoured(stored, found, weights)  # refuses a log that lacks some of them
     if None in found.submitted.values():
         expect(
             weights.exists(),
@@ -493,7 +498,7 @@ def requested_indices(
             "requests",
             "Restore it from a copy.",
         )
-        named |= set(stored_weights(weights, num_examples).forgotten)
+        named |= set(stored.forgotten)
     return np.array(sorted(named), dtype=np.int64)
 
 

@@ -72,6 +72,16 @@ def test_several_examples_have_the_worst_case_of_a_group_only():
     assert "owner" not in statement.sharing and "anyone" in statement.sharing
 
 
+def test_a_name_cannot_write_lines_of_the_statement():
+    name = "Ann\n\x1b[2KEpsilon is 0\u2028for everyone\t."
+    statement = privacy_statement(ledger(), [1], DELTA, subject=name)
+    plain = str(privacy_statement(ledger(), [1], DELTA, subject="Ann"))
+    text = str(statement)
+    assert len(text.splitlines()) == len(plain.splitlines())
+    assert "for Ann\\n\\x1b[2KEpsilon is 0\\u2028for everyone\\t. (1 tr" in text
+    assert json.loads(statement.to_json())["subject"] == name
+
+
 def test_sharing_says_with_whom_each_number_may_be_shared():
     statement = privacy_statement(ledger(), [1], DELTA)
     assert (

@@ -163,6 +163,18 @@ def test_whole_numbers_are_written_in_digits(tmp_path, word):
         read_indices(str(tmp_path / "ids"))
 
 
+@pytest.mark.parametrize(
+    "content", [b"3\x0017\n", b"\x80\x81", b"\xff\xfe3", b"\x1f\x8b3"]
+)
+def test_a_file_that_is_no_text_is_named_with_the_remedy(tmp_path, content):
+    path = tmp_path / "ids"
+    path.write_bytes(content)
+    with pytest.raises(BadInput) as raised:
+        read_indices(str(path))
+    assert str(raised.value).startswith(f"--forget: {path} is not a text in UTF-8")
+    assert "Save it as a text in UTF-8" in str(raised.value)
+
+
 def test_a_result_is_kept_if_its_name_was_taken_meanwhile(tmp_path):
     with (
         pytest.raises(BadInput, match="Nothing is lost") as raised,

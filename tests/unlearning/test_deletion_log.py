@@ -27,6 +27,8 @@ from opacus_pi.unlearning.deletion_log import (
     verify,
 )
 from opacus_pi.unlearning.entry_hashes import entry_hash
+from opacus_pi.unlearning.log_export import export_log
+from opacus_pi.unlearning.requests import requested_indices
 
 
 @pytest.fixture
@@ -146,6 +148,35 @@ def test_readers_notice_an_edit_too(path, edit):
     for entries in (DeletionLog(path).entries(), read_entries(path)):
         with pytest.raises(ValueError, match="[Ee]ntry 1"):
             list(entries)
+
+
+LEFT_PAYLOADS = ["payload of no entry", "one payload more", "last removed"]
+
+
+@pytest.mark.parametrize("edit", LEFT_PAYLOADS)
+def test_a_log_whose_last_entries_were_removed_is_refused_everywhere(path, edit):
+    """Not only by ``verify``: whoever reads it would take the rest for the whole."""
+    log = DeletionLog(path)
+    with edited(path) as connection:
+        connection.executescript(
+            EDITS.get(edit, "DELETE FROM entries WHERE number > 1")
+        )
+    for use in (
+        lambda: verify(path),
+        lambda: list(read_entries(path)),
+        lambda: DeletionLog(path),
+        lambda: list(log.entries()),
+        lambda: log.head,
+        lambda: log.find("r0"),
+        lambda: log.opening(0),
+        lambda: log.append("request", {"indices": [1]}, name="r9"),
+        lambda: log.redact(0),
+        lambda: requested_indices(path, 20),
+        lambda: export_log(log, path.parent / "export.json"),
+    ):
+        with pytest.raises(ValueError, match="a payload that belongs to no entry"):
+            use()
+    assert not (path.parent / "export.json").exists()
 
 
 def test_an_entry_rewritten_with_its_own_new_hash_is_noticed(path):

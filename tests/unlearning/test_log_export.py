@@ -75,6 +75,8 @@ EDITS = {
     "number": lambda entries: entries[2].update(number=True),
     "missing": lambda entries: entries[2].pop("commitment"),
     "no entry": lambda entries: entries.append({}),
+    "one fact more": lambda entries: entries[2].update(note="erased"),
+    "content says more": lambda entries: entries[1]["content"].update(note="erased"),
 }
 
 
@@ -83,6 +85,18 @@ def test_an_edit_is_noticed(path, name):
     edit(path, EDITS[name])
     with pytest.raises(ValueError, match="Entry [0-5] breaks the chain"):
         verify_export(path)
+
+
+def test_an_export_that_says_more_than_a_log_is_refused(path):
+    content = json.loads(path.read_text()) | {"note": "every request was honoured"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="unedited export.*says more .*'note'"):
+        verify_export(path)
+
+
+def test_a_byte_order_mark_changes_nothing(log, path):
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert verify_export(path, log.head).num_added == 0
 
 
 def test_missing_last_entries_are_noticed_by_the_head(log, path):
