@@ -106,15 +106,18 @@ def write_report(
         distribution_pictures(scores, _forget_loss(facts)),
         {} if result is None else trace_pictures(result.trace, oracle or {}),
     )
-    contents = {
-        page_path: page.encode(),
-        page_path.with_suffix(".json"): json_text(facts).encode(),
-    }
+    _write_both(page_path, page, facts)
+    return facts
+
+
+def _write_both(page_path: Path, page: str, facts: Mapping[str, Any]) -> None:
+    """Write the page and the JSON beside it, or neither if one may not be replaced."""
+    text = json_text(facts)
+    contents = {page_path: page.encode(), page_path.with_suffix(".json"): text.encode()}
     for place, content in contents.items():
         require_replaceable(place, content)
     for place, content in contents.items():
         replace_file(place, content)
-    return facts
 
 
 def training_facts(ledger: Ledgers) -> dict[str, Any]:
