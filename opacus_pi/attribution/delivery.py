@@ -139,6 +139,7 @@ class Delivery:
         num_samples_used: How many samples entered updates, of all its forward passes.
         num_left: How many of its samples no update used, when it last entered one.
         batch: A copy of what the loop received, if the tracker keeps batches.
+        looked_at_by: What has looked at the labels of the batch at its delivery.
         is_described: Whether ``tensors`` are all that the batch has.
         place: Which batch with samples of this pass it is, from 1; 0: it has none, or
             need not enter an update.
@@ -155,6 +156,7 @@ class Delivery:
     num_samples_used: int = 0
     num_left: int = 0
     batch: Any = None
+    looked_at_by: Any = None
     is_described: bool = False
     place: int = 0
 
@@ -230,6 +232,16 @@ class Delivery:
             labels = self.labels()
             return None if labels is None else joint_sums(list(labels.T))
         return content_sums(largest.entries)
+
+    def may_have_label(self, label: int) -> bool:
+        """Return whether a tensor of integers may have had an entry of this value.
+
+        Args:
+            label: The value.
+        """
+        contents = self.all_contents()
+        is_known = self.is_described and len(contents) == len(self.tensors) > 0
+        return not is_known or any(c.may_have_label(label) for c in contents)
 
     def labels(self) -> Indices | None:
         """Return checksums of the small tensors beside the largest, int64 ``(b, p)``.

@@ -308,6 +308,18 @@ class DelayedChecksums:
         entries = entries.cpu().float().reshape(self._num_samples, -1)
         return entries.contiguous().numpy()
 
+    def may_have_label(self, label: int) -> bool:
+        """Return whether an entry of integers may have had this value.
+
+        Args:
+            label: The value.
+        """
+        entries = self._entries
+        if entries.is_floating_point():
+            return False
+        is_all = entries.numel() == self.width * self._num_samples
+        return not (self.is_on_host and is_all) or bool((entries == label).any())
+
     def are_entries_of(self, tensor: Tensor, dim: int) -> bool:
         """Return whether a tensor of the same shape has the same numbers here."""
         same = torch.equal(self._entries, entries_looked_at(tensor, dim, self.width))

@@ -142,6 +142,8 @@ class Tracker:
             examples, however it changes them.
         loads_batches: Whether the data set has a ``__getitems__`` of its own.
         keeps_batches: Whether copies of the recent batches are kept in memory.
+        looks_at_batch: Called with each delivery and its batch; returns whether a copy
+            of the batch is kept. None: not called.
         saw_pass: Called with each forward pass and its outputs; None: not called.
         saw_backward: Called during each backward pass, with whether it is the second
             one of ghost clipping (``is_second``).
@@ -162,6 +164,7 @@ class Tracker:
         self.keeps_batches = self.keeps_outputs = False
         self.indexes_plainly = self.loads_batches = False
         self.is_between_backwards = False
+        self.looks_at_batch: Callable[[Delivery, Any], bool] | None = None
         self.saw_pass: Callable[[ForwardPass, Any], None] | None = None
         self.saw_backward: list[Callable[..., None]] = []
         self.forgot_passes: list[Callable[[], None]] = []
@@ -228,7 +231,10 @@ class Tracker:
         )
         self.has_additions |= identity.has_more
         self._compare_contents(delivery)
-        delivery.batch = _copy_of(batch) if self.keeps_batches else None
+        looks = self.looks_at_batch
+        is_kept = looks is not None and looks(delivery, batch)
+        if is_kept or self.keeps_batches:
+            delivery.batch = _copy_of(batch)
         delivery.loader_pass.num_unused += 1
         self._skipped.delivered(delivery, self._recent)
         self._recent.appendleft(delivery)

@@ -20,7 +20,7 @@ batches in between. In a single batch, too, it may go unnoticed: the mean over t
 hardest half of a batch is seen in 95 % of the batches of 8 and in 26 % of those of 3.
 
 >>> chain, outputs, labels = Chain(), torch.eye(3), torch.arange(3)
->>> LossProbe(nn.CrossEntropyLoss(), chain).saw(outputs, labels)
+>>> LossProbe(torch.nn.CrossEntropyLoss(), chain).saw(outputs, labels)
 >>> [link.state for link in chain.custody().links if link.name == "loss"]
 ['checked']
 """
@@ -29,15 +29,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from opacus_pi._torch_compat import forward_hooks, forward_pre_hooks
 from opacus_pi.custody.chain import Chain
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.custody.finding import Finding
 from opacus_pi.custody.function_copies import copied_if_possible
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.models.batches import map_tensors, num_examples
+from opacus_pi.models.known_losses import is_known_loss
 from opacus_pi.models.own_losses import CoupledLoss, Criterion, OwnLosses
 
 __all__ = ["LossProbe"]
@@ -93,7 +93,7 @@ class LossProbe:
         self._is_output = is_output
         self._criterion, self._chain = criterion, chain
         self._averages_each_example = averages_each_example
-        self._is_torchs = _is_torchs(criterion)
+        self._is_known = is_known_loss(criterion)
         self._num_batches, self._is_settled = 0, False
 
     def saw(self, outputs: Any, targets: Any) -> None:
@@ -109,13 +109,13 @@ class LossProbe:
             return
         self._num_batches += 1
         is_first = self._num_batches <= _NUM_BATCHES
-        self._is_settled = self._is_torchs and self._num_batches >= _NUM_BATCHES
+        self._is_settled = self._is_known and self._num_batches >= _NUM_BATCHES
         if not is_first and not is_looked_at(self._num_batches):
             return
         finding = self._probe(outputs, targets)
         if finding.state != "checked":
             self._is_settled = True
-        elif not self._is_torchs:
+        elif not self._is_known:
             self._chain.leave_unchecked("loss", _SOMETIMES, warn=False)
         finding.tell(self._chain, "loss")
 
@@ -128,7 +128,7 @@ class LossProbe:
             )
             with torch.no_grad():
                 losses(map_tensors(Tensor.detach, outputs), targets)
-            if not self._is_torchs:
+            if not self._is_known:
                 losses.compare_alone(outputs, targets)
         except CoupledLoss as error:
             return Finding("broken", str(error))
@@ -137,14 +137,3 @@ class LossProbe:
             what = f"{type(error).__name__}: {lines[0]}".rstrip(":. ")
             return Finding("unchecked", _NOT_EVALUATED.format(error=what))
         return Finding("checked", _CHECKED)
-
-
-def _is_torchs(criterion: Criterion) -> bool:
-    """Return whether a criterion is one of torch's losses, as torch made it."""
-    return (
-        isinstance(criterion, nn.Module)
-        and type(criterion).__module__ == nn.CrossEntropyLoss.__module__
-        and "forward" not in vars(criterion)
-        and not forward_hooks(criterion)
-        and not forward_pre_hooks(criterion)
-    )

@@ -299,6 +299,9 @@ def _compare_loss(loss: TrainedLoss, outputs: Any, y: Any, run: AuditedRun) -> A
     fits = [how for how, value in found.items() if abs(whole - value) <= scale]
     wanted = run.loss_reduction
     if wanted in fits or (run.is_swept and fits):
+        coupling = loss.coupling(y)  # where this batch has one class only, for example
+        if coupling:
+            return AuditRow("loss", False, coupling)
         how = wanted if wanted in fits else fits[0]
         text = f"The loss of the batch is the {how} of the examples' own losses."
         return AuditRow("loss", True, text)

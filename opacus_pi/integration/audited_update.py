@@ -29,6 +29,7 @@ from opacus_pi.models.batches import (
     rows_of,
 )
 from opacus_pi.models.copies import graph_leaves, independent_copy, training_copy
+from opacus_pi.models.known_losses import is_known_loss, label_mean_of
 from opacus_pi.models.no_trace import isolated
 from opacus_pi.models.own_generators import OwnGenerators
 from opacus_pi.models.own_losses import CoupledLoss, Criterion, OwnLosses
@@ -80,6 +81,16 @@ class TrainedLoss:
         if values.dim() == 0:
             return values
         return values.mean() if self._reduction == "mean" else values.sum()
+
+    def coupling(self, targets: Any) -> str:
+        """Say why the criterion gives no example a loss of its own; empty if it does.
+
+        Args:
+            targets: The targets of a batch.
+        """
+        is_torchs = self._losses is None and is_known_loss(self.criterion)
+        mean = label_mean_of(self.criterion) if is_torchs else None
+        return "" if mean is None else mean.coupling(targets)
 
 
 def user_criterion(criterion: Any) -> Any:

@@ -28,7 +28,7 @@ Samples whose order is not known, because they look alike, are left out.
 import random
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opacus_pi.attribution import Tracker
-from opacus_pi.attribution.delivery import ForwardPass
+from opacus_pi.attribution.delivery import Delivery, ForwardPass
 from opacus_pi.attribution.lookalikes import rows_of_all
 from opacus_pi.attribution.targets import positions_in_delivery
 from opacus_pi.custody import Chain
@@ -55,9 +55,11 @@ from opacus_pi.integration.audited_update import (
     user_criterion,
 )
 from opacus_pi.integration.held_weights import ids_held_by
+from opacus_pi.integration.ignored_labels import IgnoredLabels
 from opacus_pi.models.batches import floating, inputs_and_targets, rows_of, to_device
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.forward_call import ForwardCall
+from opacus_pi.models.known_losses import is_known_loss, label_mean_of
 from opacus_pi.recording import Recorder
 
 __all__ = ["LoopLoss", "not_compared"]
@@ -89,6 +91,14 @@ _AVERAGED = (
     "norms of {count} compared update(s) were {ratio:.4g} times those of "
     "criterion(model(x), y), as if each loss were divided by the number of "
     "accumulated batches."
+)
+_OWN = (
+    "engine.audit found the criterion to be right, and in the updates that were "
+    "compared the training loop used it: the norms were those of "
+    "criterion(model(x), y). The criterion is not one of torch's losses. It may couple "
+    "examples in some batches only, for example by the mean over the entries that a "
+    "mask keeps, or by leaving outliers out. For the updates that were not compared it "
+    "is assumed that it does not."
 )
 _ONLY_SINCE = (
     "The loss of the first {num} update(s) was not compared, because engine.audit was "
@@ -204,17 +214,19 @@ class _Measured:
         forward: The pass.
         norms: Norms of gradients, float64 ``(b,)``.
         gradients: Gradients of the outputs, float64 ``(b, k)``.
+        coupling: Why the criterion gives no sample a loss of its own; empty if it does.
     """
 
     forward: ForwardPass
     norms: Tensor
     gradients: Tensor
+    coupling: str = ""
 
     def in_known_order(self) -> "_Measured":
         """Return this without the samples whose order is not known."""
         keep = torch.ones(len(self.norms), dtype=torch.bool)
         keep[torch.from_numpy(rows_of_all(self.forward.alike))] = False
-        return _Measured(self.forward, self.norms[keep], self.gradients[keep])
+        return replace(self, norms=self.norms[keep], gradients=self.gradients[keep])
 
 
 class _BeforeForward:
@@ -270,7 +282,14 @@ class LoopLoss:
         num_before: int = 0,
     ) -> None:
         self._criterion, self._run = criterion, run
-        self._repeated = RepeatedLoss(user_criterion(criterion), chain)
+        users, is_ghost = user_criterion(criterion), run.mode.startswith("ghost")
+        self._repeated = RepeatedLoss(users, chain)
+        # Ghost clipping is given the criterion, whose probe looks at more batches, and
+        # takes the mean over each example's own labels.
+        is_known = is_known_loss(users)
+        mean = label_mean_of(users) if is_known and not is_ghost else None
+        self._labels = None if mean is None else IgnoredLabels(users, mean, chain)
+        self._is_assumed = not is_ghost and not is_known
         self._tracker, self._chain, self._new_engine = tracker, chain, new_engine
         self._num_steps, self.num_before = num_steps, num_before
         self._draws = random.Random(0)  # no secret: it only spreads the checks
@@ -298,19 +317,31 @@ class LoopLoss:
             _BeforeForward(self._forward_begins), prepend=True, with_kwargs=True
         )
         self._chain.await_check("loss", _AWAITED.format(cause=_NO_UPDATE))
+        self._tracker.looks_at_batch = None if self._labels is None else self._saw_batch
         self._arm()
 
     def end(self) -> None:
         """Compare no further update."""
-        self._due = []
+        self._due, self._labels = [], None
+        self._tracker.looks_at_batch = None
         if self._handle is not None:
             self._handle.remove()
         self._arm()
 
     @property
+    def _is_due(self) -> bool:
+        """Whether the update under way is one of those that were chosen."""
+        return bool(self._due) and self._num_updates + 1 >= self._due[0]
+
+    @property
+    def _has_ignored(self) -> bool:
+        """Whether the update of a batch with ignored labels is to be compared."""
+        return self._labels is not None and self._labels.is_waiting
+
+    @property
     def _is_armed(self) -> bool:
         """Whether the update under way is to be compared."""
-        return bool(self._due) and self._num_updates + 1 >= self._due[0]
+        return self._is_due or self._has_ignored
 
     def _arm(self) -> None:
         """Have batches and passes kept if the update under way is to be compared."""
@@ -319,13 +350,20 @@ class LoopLoss:
         self._tracker.keeps_batches = is_near
         self._tracker.saw_pass = self._saw_pass if self._is_armed else None
 
+    def _saw_batch(self, delivery: Delivery, batch: Any) -> bool:
+        """Return whether to keep a batch that is delivered, for its ignored labels."""
+        if self._labels is None or not self._labels.saw(delivery, batch):
+            return False
+        self._arm()
+        return True
+
     def _forward_begins(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Note the random state and the inputs of a pass in training mode."""
         self._begun = None
         if self._is_armed and module.training and torch.is_grad_enabled():
-            if self._num_passes in self._chosen:
+            if self._num_passes in self._chosen or self._has_ignored:
                 call = ForwardCall.now(module, args, kwargs)
                 self._begun = call.with_copied_inputs()
             self._num_passes += 1
@@ -339,19 +377,22 @@ class LoopLoss:
 
     def update_was_made(self) -> None:
         """Record that an update is complete."""
-        if not self._due:
+        if not self._due and not self._has_ignored:
             return
         if not self._had_samples:
             self._chain.await_check("loss", _AWAITED.format(cause=_NO_SAMPLES))
         if self._is_armed:
             self._choose_passes()
-            self._num_attempts += 1
             self.num_compared += self._has_compared
-            if self._has_compared or self._num_attempts > _MAX_ATTEMPTS:
+            self._num_attempts += self._is_due
+            is_done = self._has_compared or self._num_attempts > _MAX_ATTEMPTS
+            if self._is_due and is_done:
                 self._due, self._num_attempts = self._due[1:], 0
             self._has_compared = False
         self._num_updates += 1
-        if not self._due:
+        if self._labels is not None:
+            self._labels.update_was_made()
+        elif not self._due:
             self.end()
         self._arm()
 
@@ -371,6 +412,9 @@ class LoopLoss:
             passes: The forward passes whose gradients were clipped.
             norms: Their norms before clipping, ``(b,)``.
         """
+        labels = self._labels
+        if labels is not None and len(norms) > 1:
+            labels.entered(passes)
         if not self._is_armed or len(norms) < 2:
             return
         self._had_samples = True
@@ -393,11 +437,15 @@ class LoopLoss:
             (one.in_known_order(), other.in_known_order())
             for one, other in zip(made, expected, strict=True)
         ]
+        judged: list[ForwardPass] = []
         if sum(len(one.norms) for one, _ in clear) > 1:
             self._has_compared = True
             self._judge(clear, len(passes))
+            judged = [one.forward for one, _ in clear]
         elif made:
             self._chain.await_check("loss", _AWAITED.format(cause=_ALL_ALIKE))
+        if labels is not None:
+            labels.compared(passes, judged)
 
     def _left_out(self, forward: ForwardPass) -> None:
         """Note a pass that is not compared, perhaps because it began too early.
@@ -445,7 +493,8 @@ class LoopLoss:
         if not moved:
             self._repeated.compare(outputs, targets)
         rows = gradients.by_example(len(norms), self._run.batch_dim)
-        return _Measured(forward, norms, rows)
+        coupling = "" if self._labels is None else self._labels.coupling(targets)
+        return _Measured(forward, norms, rows, coupling)
 
     def _targets(self, forward: ForwardPass, *, moved: bool) -> Any:
         """Return the delivered targets of the samples of a pass, in its order.
@@ -505,6 +554,9 @@ class LoopLoss:
                 return
             for sign in sorted(signs) or [1]:
                 self._accept(sign * ratio, num_passes)
+            coupled = [wanted.coupling for _, wanted in pairs if wanted.coupling]
+            if coupled and (self._are_averages[-1] or abs(ratio - 1) < _ALIKE):
+                self._chain.break_link("loss", coupled[0])
         else:
             self._refuse_or_doubt(self._reason(norms, expected, pairs), passes)
 
@@ -542,6 +594,8 @@ class LoopLoss:
         Args:
             found: What was compared.
         """
+        if self._is_assumed:
+            self._chain.leave_unchecked("loss", _OWN, warn=False)
         if self.num_before:
             text = _ONLY_SINCE.format(num=self.num_before, found=found)
             self._chain.await_check("loss", text)

@@ -221,7 +221,10 @@ class PerInstanceMixin(RecordedEngine):
         What it finds about loss, model, norms and ``collate_fn`` enters the chain of
         custody: the ledger is refused if one of them fails. Of the updates that follow,
         the first and a few later ones are compared with the criterion, so that the
-        ledger is also refused if the training loop computes another loss.
+        ledger is also refused if the training loop computes another loss. So are those
+        whose batch has labels that the criterion ignores. A criterion that is not one
+        of torch's losses may couple examples in other batches only, so the link "loss"
+        stays unchecked for it.
 
         Args:
             criterion: What the training loop calls as ``criterion(model(x), y)``.

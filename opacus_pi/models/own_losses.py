@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_pi.models.batches import map_tensors, num_examples
+from opacus_pi.models.known_losses import LabelMean, are_classes, label_mean_of
 from opacus_pi.models.no_trace import random_state_untouched
 
 __all__ = [
@@ -46,25 +47,9 @@ __all__ = [
 
 Criterion = Callable[[Any, Any], Tensor]
 
-_TARGETS_OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 _REMEDY = (
     "Pass a function that returns one loss for each example, and train with the mean "
     "of these losses."
-)
-_WEIGHTED = (
-    '{name} with weights and reduction="mean" divides by the sum of the weights of the '
-    "whole batch, so no example has a loss of its own: its share depends on the labels "
-    'of the others. Train with reduction="sum" and pass that criterion, or pass a '
-    "function that returns one weighted loss for each example, and train with the mean "
-    "of these losses."
-)
-_IGNORED = (
-    'With ignore_index={index}, {name} with reduction="mean" divides by the number of '
-    "labels of the whole batch that are not ignored. The examples of this batch have "
-    "different numbers of such labels, or no such label, so no example has a loss of "
-    'its own. Train with reduction="sum" and pass that criterion, or pass a function '
-    "that returns the mean over each example's own labels, and train with the mean of "
-    "these losses."
 )
 _OTHER_REDUCTION = (
     "On a batch of {size} examples, {name} returned {got:.6g}, but the {how} of the "
@@ -192,15 +177,10 @@ class OwnLosses:
             CoupledLoss: If they are classes, and the criterion takes the mean with
                 class weights, or over different numbers of labels.
         """
-        if self._averages_each_example or not self._takes_mean_of_classes(targets):
-            return
-        if cast(Any, self._trained).weight is not None:
-            raise CoupledLoss(_WEIGHTED.format(name=self._name))
-        if len(targets) > 1:
-            num_labels = self._num_labels(targets)
-            if bool(((num_labels != num_labels[0]) | (num_labels == 0)).any()):
-                index = cast(Any, self._trained).ignore_index
-                raise CoupledLoss(_IGNORED.format(name=self._name, index=index))
+        mean = None if self._averages_each_example else self._label_mean(targets)
+        reason = "" if mean is None else mean.coupling(targets)
+        if reason:
+            raise CoupledLoss(reason)
 
     def _own(self, outputs: Any, targets: Any) -> Tensor:
         """Return the losses ``(b,)`` without looking for coupled examples."""
@@ -216,10 +196,11 @@ class OwnLosses:
             return entries.squeeze(1)
         if self._reduction != "mean":
             return entries.sum(1)
-        if self._takes_mean_of_classes(targets):
+        mean = self._label_mean(targets)
+        if mean is not None:
             # Where no label counts, torch divides 0 by 0, but ghost clipping by 1.
             least = 1 if self._averages_each_example else 0
-            return entries.sum(1) / self._num_labels(targets).clamp(min=least)
+            return entries.sum(1) / mean.num_labels(targets).clamp(min=least)
         return entries.mean(1)
 
     def _check(self, outputs: Any, targets: Any) -> None:
@@ -259,19 +240,11 @@ class OwnLosses:
             )
             raise CoupledLoss(message)
 
-    def _takes_mean_of_classes(self, targets: Any) -> bool:
-        """Return whether the mean is over labels, which may be ignored or weighted."""
-        return (
-            self._reduction == "mean"
-            and isinstance(self._trained, _TARGETS_OF_CLASSES)
-            and isinstance(targets, Tensor)
-            and not targets.is_floating_point()
-        )
-
-    def _num_labels(self, targets: Tensor) -> Tensor:
-        """Count each example's labels that are not ignored, ``(b,)``."""
-        counted: Tensor = targets != cast(Any, self._trained).ignore_index
-        return counted.reshape(len(targets), -1).sum(1)
+    def _label_mean(self, targets: Any) -> LabelMean | None:
+        """Return what takes the mean over labels; None: the mean is over entries."""
+        if self._reduction != "mean" or not are_classes(targets):
+            return None
+        return label_mean_of(self._trained)
 
     @property
     def _name(self) -> str:
