@@ -10,8 +10,8 @@ assumptions, so that they cannot disagree.
 schedule, sample rate and denominator.
 
 *What breaks it.* No clipping (the bound is infinite), or a declaration that is false:
-a number of updates, a learning rate or initial weights that were chosen by looking at
-the data, or another result that was released as well.
+a number of updates or a learning rate that were chosen by looking at the data, updates
+on the data before the recorded ones, or another result that was released as well.
 
 Source: docs/theory.md, Sections 4 and 10.
 
@@ -59,8 +59,8 @@ __all__ = [
 _NEAR_ONE = (1.001, 1.003, 1.01, 1.02, 1.05)
 _LARGE = (80.0, 128.0, 256.0, 512.0, 1024.0)
 _SETTINGS = (
-    "the initial weights, the number of updates and all settings were not chosen by "
-    "looking at the data"
+    "the weights before the first recorded update, the number of updates and all "
+    "settings do not depend on the data"
 )
 _NOTHING_ELSE = (
     "nothing else computed from the data was released (tuning runs, other models, "

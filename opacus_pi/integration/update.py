@@ -33,6 +33,7 @@ from opacus_pi.integration.checks import (
     batch_statistics,
 )
 from opacus_pi.integration.drawn_noise import tell_of_repeated_noise
+from opacus_pi.integration.earlier_updates import say_earlier_updates
 from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.loop_loss import LoopLoss
 from opacus_pi.integration.lost_gradients import LostGradients
@@ -228,6 +229,7 @@ class UpdateUnderWay:
             self._has_checked = True
             self.chain.check("norm", "The norms are those by which Opacus clipped.")
             self.chain.check("noise", "Noise was drawn once for every update.")
+            say_earlier_updates(optimizer.original_optimizer, self.recorder, self.chain)
         if not self.is_superseded:
             self.recorder.begin_update()
         # The weights are still those of the forward pass, and its memory is free again.

@@ -47,6 +47,7 @@ from opacus_pi.custody.loaded_states import watch_loading
 from opacus_pi.custody.model_probe import MODEL_NOT_RUN, ModelProbe
 from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
 from opacus_pi.gradients import Sweep
+from opacus_pi.integration.earlier_updates import say_earlier_updates
 from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.monitor.gradient_scale import GradientScale
 from opacus_pi.integration.monitor.noise import NoiseHook
@@ -396,6 +397,7 @@ def _add_hooks(
     _HOOK_HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
 
     def begin_update(*_: Any) -> None:
+        say_earlier_updates(optimizer, recorder, chain)
         recorder.begin_update()
 
     _HOOK_HANDLES[optimizer] = [
