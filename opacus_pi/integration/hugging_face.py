@@ -159,6 +159,8 @@ class PrivacyCallback(TrainerCallback):
         self._optimizer = optimizer.optimizer
         self._loader = train_dataloader.base_dataloader
         options = self._all_options(args, state)
+        if self._is_private:
+            _check_recomputation(model, options.get("grad_sample_mode"))
         saved = self._saved_engine(args, state)
         model.train()
         prepared = getattr(self.engine, self.prepare)(
@@ -362,6 +364,29 @@ def _check_arguments(args: Any, *, is_private: bool) -> None:
             equals=0.0,
             remedy="Pass TrainingArguments(max_grad_norm=0.0): a clipped batch "
             "gradient is not the mean of the examples' gradients.",
+        )
+
+
+def _check_recomputation(model: nn.Module, grad_sample_mode: str | None) -> None:
+    """Raise if layers are run again in the backward pass, which Opacus cannot follow.
+
+    Args:
+        model: The trainer's model.
+        grad_sample_mode: The mode of the engine; the fast mode can follow it.
+
+    Raises:
+        ValueError: If gradient checkpointing is on in another mode.
+    """
+    is_on = bool(getattr(model, "is_gradient_checkpointing", False))
+    if grad_sample_mode != "fast":
+        require_setting(
+            "gradient_checkpointing",
+            is_on,
+            equals=False,
+            remedy="Opacus computes no per-example gradients in layers that are run "
+            'again. Pass PrivacyCallback(..., grad_sample_mode="fast"), with '
+            "use_reentrant=False if you choose the kind of checkpoints, or leave "
+            "gradient checkpointing out.",
         )
 
 

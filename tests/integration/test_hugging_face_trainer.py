@@ -243,6 +243,26 @@ def test_a_clipped_monitored_training_is_refused(tmp_path):
         train(classifier(), sentences(), tmp_path, options=options)
 
 
+CHECKPOINTS = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
+
+
+def test_gradient_checkpointing_is_refused_with_per_example_gradients(tmp_path):
+    with pytest.raises(ValueError, match='False, got True.*grad_sample_mode="fast"'):
+        train(classifier(), sentences(), tmp_path, **CHECKPOINTS)
+
+
+def test_gradient_checkpointing_in_the_fast_mode_changes_no_norm(tmp_path):
+    options, norms = PRIVATE | {"grad_sample_mode": "fast", "seed": 3}, []
+    for arguments in ({}, CHECKPOINTS):
+        engine = PrivacyEngine(recorder=Recorder(every=list(range(1, 9))))
+        train(classifier(), sentences(), tmp_path, engine, options=options, **arguments)
+        norms.append(engine.ledger.grad_norms)
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
+
+
 def test_ghost_clipping_is_refused(tmp_path):
     options = PRIVATE | {"grad_sample_mode": "ghost", "criterion": CRITERION}
     with pytest.raises(ValueError, match="keeps the loss of the trainer"):
