@@ -47,6 +47,7 @@ setup(
         "search": ["optuna>=4"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "mpmath>=1.3",
             "ruff>=0.9",

@@ -1,4 +1,9 @@
-"""One setting for all property tests: a loaded machine is not a failure."""
+"""Settings of all tests, in one process or in several."""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy and torch read it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import matplotlib
 from hypothesis import settings

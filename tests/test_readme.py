@@ -22,7 +22,7 @@ def test_python_blocks_run(capsys):
 def test_there_is_one_line_for_the_main_job_and_one_for_the_tests():
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     installs = [line for line in lines if line.startswith("python3 -m venv")]
-    assert [line.rsplit(" ", 1)[-1] for line in installs] == [
+    assert [line.rsplit(" -m ", 1)[-1].split()[0] for line in installs] == [
         "benchmarks.main_job",
         "pytest",
     ]

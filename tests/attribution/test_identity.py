@@ -250,16 +250,18 @@ def test_triplets():
 @pytest.mark.parametrize(
     "other",
     [
-        X > 0,  # a mask
-        torch.where(X > 0, 0.0, -1e9),
-        torch.arange(4).expand(4, 4),  # positions
-        torch.tensor([[0, 1, 2, 3], [0, 1, 1, 1], [0, 1, 2, 2], [0, 0, 0, 0]]),
-        torch.randn(1, 4),
-        torch.randn(7, 4),
-        Y,
-        nn.functional.one_hot(Y, 3).float(),
+        pytest.param(X > 0, id="mask"),
+        pytest.param(torch.where(X > 0, 0.0, -1e9), id="additive mask"),
+        pytest.param(torch.arange(4).expand(4, 4), id="positions"),
+        pytest.param(
+            torch.tensor([[0, 1, 2, 3], [0, 1, 1, 1], [0, 1, 2, 2], [0, 0, 0, 0]]),
+            id="padded positions",
+        ),
+        pytest.param(torch.randn(1, 4), id="one row"),
+        pytest.param(torch.randn(7, 4), id="rows of another length"),
+        pytest.param(Y, id="labels"),
+        pytest.param(nn.functional.one_hot(Y, 3).float(), id="one-hot labels"),
     ],
-    ids=str,
 )
 def test_masks_positions_and_numbers_beside_a_batch_are_no_trouble(other):
     if other.shape[0] not in (1, 4):

@@ -108,7 +108,7 @@ def test_losses_of_the_outputs_are_clipped_per_example(loss, has_weight_outside)
         ([of_what_is_kept], "outside"),
         ([of_weights], "head.weight"),
     ],
-    ids=str,
+    ids=["both", "output and part", "what is kept", "weights"],
 )
 def test_other_losses_raise_with_the_parameters_name(losses, name):
     with pytest.raises(
