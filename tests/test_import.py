@@ -12,8 +12,12 @@ import opacus_pi
 
 CHANGES = """
 import json, random, sys, time, warnings
+
+begin = time.process_time()
 import numpy, opacus, torch
 from opacus.accountants import registry
+
+of_opacus = time.process_time() - begin
 
 def state():
     words = numpy.random.get_state()[1]
@@ -41,7 +45,7 @@ for name in opacus_pi.__all__:
     getattr(opacus_pi, name)
 seconds, after = time.process_time() - start, state()
 print(json.dumps({
-    "seconds": seconds,
+    "share": seconds / of_opacus,
     "accountants": sorted(set(registry._ACCOUNTANTS) - known),
     "changed": [name for name in before if before[name] != after[name]],
     "modules": sorted({m.split(".")[0] for m in set(sys.modules) - modules}),
@@ -81,8 +85,8 @@ def test_what_only_some_need_is_not_imported(found, package):
     assert package not in found["modules"]
 
 
-def test_all_names_take_less_than_a_second_over_opacus(found):
-    assert found["seconds"] < 1.0  # of processor time: others may be busy
+def test_all_names_take_less_than_a_third_of_the_time_of_opacus(found):
+    assert found["share"] < 1 / 3  # of processor time: the machine may be busy or slow
 
 
 LOADED = """
