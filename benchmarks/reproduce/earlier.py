@@ -16,11 +16,12 @@ import numpy as np
 from benchmarks.common.report import markdown
 from benchmarks.reproduce.judging.order import FEWEST_SETS
 from benchmarks.reproduce.judging.runs import LEAST_GAP
-from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict
+from benchmarks.reproduce.judging.verdicts import DESCRIBED, NOT_TESTABLE, Verdict
 
 STRATA = ("first", "q1", "q2", "q3", "last")
 _METRICS = {"UA": "unlearning_accuracy", "MIA": "membership_inference"}
 _FEW = f"five forget sets; a test over sets needs at least {FEWEST_SETS}"
+_NO_POWER = "no test with 20 forget sets has any power, and the earlier run had five"
 Content = dict[str, Any]
 
 
@@ -36,9 +37,10 @@ def described(folder: Path, name: str) -> Verdict | None:
         return None
     result = json.loads(path.read_text(encoding="utf-8"))["result"]
     remarks = _DESCRIBED.get(name, _panels)(result)
-    return Verdict(
-        NOT_TESTABLE, _FEW, {key: Verdict("", text) for key, text in remarks.items()}
-    )
+    parts = {key: Verdict("", text) for key, text in remarks.items()}
+    if name == "predicted":
+        return Verdict(DESCRIBED, _NO_POWER, parts)
+    return Verdict(NOT_TESTABLE, _FEW, parts)
 
 
 def _panels(result: Content) -> dict[str, str]:

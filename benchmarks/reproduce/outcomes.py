@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.units import Unlearning, oracles
+from benchmarks.reproduce.unlearning_runs import RETAINED_MIA
 from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation import UnlearningTrace, gap_path, time_to_unlearn
 
@@ -15,6 +16,8 @@ UA, MIA = "unlearning_accuracy", "membership_inference"
 UTILITY = "test_accuracy"
 DRAWN = 1_000  # examples whose scores a result stores
 METRICS = {"UA": UA, "MIA": MIA}  # each gives a time to unlearn
+# the same metrics on retained images, and their sign
+ON_RETAINED = {"UA": ("retain_accuracy", -1), "MIA": (RETAINED_MIA, 1)}
 Sets = Sequence[ForgetSet]
 
 
@@ -108,7 +111,7 @@ def panel_of(
 def panel_of_rows(
     rows: list[list[dict[str, Any]]], of_oracles: list[dict[str, list[float]]]
 ) -> dict[str, Any]:
-    """Return first crossings, paths of the gaps, oracles, and lost test accuracy.
+    """Return first crossings, paths of the gaps, and what the judges need beside them.
 
     Args:
         rows: Results of the runs, ``[seed][set]``.
@@ -122,8 +125,24 @@ def panel_of_rows(
         "times": {name: to_json(one) for name, one in times.items()},
         "gaps": {name: np.round(one, 5).tolist() for name, one in paths.items()},
         "oracles": {name: np.round(one, 5).tolist() for name, one in each.items()},
+        "moved": {name: moved(rows, name).tolist() for name in METRICS},
         "lost": np.round(lost, 5).tolist(),
     }
+
+
+def moved(rows: list[list[dict[str, Any]]], name: str) -> np.ndarray:
+    """Return a metric on retained images minus that before unlearning.
+
+    Args:
+        rows: Results of the runs, ``[seed][set]``.
+        name: A name of ``METRICS``.
+
+    Returns:
+        ``(seeds, sets, epochs + 1)``; above 0 if retained images look more forgotten.
+    """
+    metric, sign = ON_RETAINED[name]
+    found = np.array([[run["trace"][metric] for run in row] for row in rows])
+    return np.asarray(sign * np.round(found - found[:, :, :1], 5))
 
 
 def oracles_of(

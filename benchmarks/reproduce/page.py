@@ -53,7 +53,10 @@ All numbers, with seeds, settings and environment, are in
 part of the claim and every measure; how often the tests err is shown below. It is
 *undecided* if the test was made and both answers remain possible. It is *not testable
 yet* if the numbers cannot answer it; the reason is given. A claim about numbers that
-follow from constants is *computed*: nothing in it is random, so it is not judged.
+follow from constants is *computed*: nothing in it is random, so it is not judged. A
+claim of which no test has any power is *described, not judged*, whatever is run. A
+claim with many parts is not borne out only if one part would be so after Holm's
+correction for their number, since one of many true parts fails by chance.
 
 **The unit is the forget set.** All trainings (seeds) that unlearn a set share its
 examples and its oracles, the models retrained without it. More seeds do not make a
@@ -65,13 +68,17 @@ scores that only tell classes apart do not correlate.
 
 **Alike** (fig1-right, fig4, fig5) means that every set lies within a fixed margin: five
 points of accuracy and a factor of 1.25 in a bound between any two sets, and 1.5 times
-the barrier between a set's own oracles. The 95 % interval over trainings must lie
-within the margin, so noise leaves the claim undecided instead of confirming it. The
-claim is about the sets that were measured, not about other ones.
+the barrier between a set's own oracles. A one-sided 97.5 % limit over trainings must
+lie within the margin, so noise leaves the claim undecided instead of confirming it. The
+claim is about the sets that were measured, in trainings like those that were run. The
+baseline of fig1-right needs ten pairs of oracles, five oracles for each set: at scales
+with three, this claim cannot be borne out.
 
 **What was fixed beforehand, and what was not.** The statistics and thresholds of the
 judges were chosen after the first curves on Fashion-MNIST had been seen, and before any
-run with 20 forget sets. Limits of correlations (fig2, ranks, literal) were chosen when
+run with 20 forget sets. They were changed on 30 November 2026, after a statistician
+from outside had fooled several of them with simulated data, and still before any such
+run; what was changed is listed below. Limits of correlations (fig2, ranks, literal) were chosen when
 similar correlations over all examples were known, and the margins of *alike* after five
 sets had been seen. So the claims about forget sets will be tested on new runs; those
 about correlations were not.
@@ -79,15 +86,26 @@ about correlations were not.
 **Two claims** replace "takes longer". A harder set is *farther* if its gap before
 unlearning is larger: the signed distance of a metric from the mean oracle. It is
 *slower* if a larger share of this gap remained, on average over the run. Both are
-tested over sets and trainings. *Slower* is judged on sets whose gap exceeds five
-points, chosen by one training and one oracle and measured with the others, in runs of
-at least eight epochs that closed at least a fifth of the gap. No set may overshoot its
-oracles by more than five points, and no run may cost more than five points of test
-accuracy. Both claims need at least three oracles for each set. The first epoch within
+tested over sets and trainings, and mean that the correlation with the privacy loss is
+above 0. *Slower* is judged on sets whose gap exceeds five points, chosen by one
+training and one oracle and measured with the others, in runs of at least eight epochs
+that closed at least a fifth of the gap. Every training and every oracle chooses in
+turn: a verdict stands if two thirds of these choices give it, and their number is
+shown. The movement of the same metric on retained images is subtracted from the gap,
+since a loss of accuracy on all images is no unlearning; if it exceeds five points on
+average, nothing is judged. No set may overshoot its oracles by more than five points,
+and no run may cost more than five points of test accuracy. Both claims need at least
+five trainings and three oracles for each set. A trend over the sets of one data set may
+come from a few classes that differ; it is claimed for this data set only. Figure 8
+compares the smallest with the largest size of the forget sets, and no other. The first epoch within
 five points, the paper's number, is stored too. It says little: a run can cross the five
 points and move on.
 
-**Intervals**, in brackets, are 95 % intervals.
+**Intervals**, in brackets, are two-sided 95 % intervals and show how large an effect
+is. Verdicts follow from p-values, which are one-sided, of the named side, and compared
+with 2.5 %. They need not agree with the interval where the text names another one: the
+test of *larger on average* bets on each set and knows no distribution, its interval is
+Student's; the test of two groups also permutes the sets, its interval is Welch's.
 
 **Measures.** UA: unlearning accuracy, the share of the forget set that is classified
 wrongly. MIA: the share of the forget set that a membership attack calls not trained on.
@@ -97,17 +115,26 @@ RA and TA: accuracy on retained and on test images.
 
 ## How often the judges err
 
-The judges in this table were simulated {draws:,} times with known truth. Without the
-effect (*claim is false*) they may say *borne out* in at most 5 % of the cases. With the
-effect, *not borne out* is an error. The table covers the simulated cases only.
+The judges were simulated with known truth; the tables say how often (*studies*). An
+error rate of 5 % in 200 studies has a standard error of 1.5 points. Without the effect
+(*claim is false*) judges may say *borne out* in at most 5 % of the cases. With the
+effect, *not borne out* is an error. The tables cover the simulated cases only.
 
-These cases are known to fool judges other than *farther* and *slower*, or are not
-judged:
+These cases are known to fool judges, or are not judged; the second table has rates:
 
 - **Groups of sets and separations** (fig3, fig8, methods): sets that are rare and far
   below the others are often not drawn, so that a mean of 0 looks positive. With one
   such set in ten or in twenty, more than 40 % of the simulated studies confirm a
-  difference that does not exist.
+  difference that does not exist, and still 10 % if 40 % of the sets are far below.
+- **Rare trainings and oracles** (all judges): what happens in one training of six is
+  often not among five. Accuracies are called alike although one set fails in some runs,
+  and barriers comparable although some oracles have none. If trainings are of two
+  kinds, 7 % of the studies with five trainings find an order that is not there on
+  average, 12 % of those with three, and 2 % of those with ten.
+- **Classes** (all judges of an order): over other classes the trend may be absent.
+- **Damage that depends on difficulty** (*slower*): only the mean movement of retained
+  images is subtracted. If a method hurts hard images more than others, it looks faster
+  on hard sets.
 - **Budgets from the loss** (predicted) are described and not judged. The mean gain is
   so small beside its spread over sets that no test of 20 sets has any power.
 
@@ -131,7 +158,23 @@ random trials of 25, rates from 0.001 to 1, and a set of hard examples of its ow
 settings that cost test accuracy are ruled out, and the result says if the search could
 not distinguish the settings.
 
-Other judges were mended. The test of correlations took the examples for independent,
+An outside statistician then attacked the judges, and these were changed before any
+figure was measured by them. *Slower* took a loss of accuracy of all images for
+unlearning (up to 100 % of studies without the effect borne out); the movement of
+retained images is now subtracted. An order was tested against 0 on one side and against
+0.5 on the other, so that a weak true order was not borne out in up to 48 %; now both
+sides test 0. The training and the oracle that choose the sets were the first ones, and
+other ones gave another verdict in 55 to 74 % of studies near five points; now two
+thirds of all choices must agree. Separations of speeds were compared on different sets
+at two sizes, and are now on the same positions. "The hardest sets are slowest" compared
+with the mean of the others, and is now called so. Many parts, and pairs of noises, are
+corrected for their number. A few almost perfect correlations outweighed others, and
+classes of two or three examples counted; now means must pass with and without artanh,
+and a class needs 30 examples. A barrier is called too high only if it also exceeds the
+multiple of the mean baseline of all sets. Oracles of different sets no longer share
+their seeds.
+
+Before that, other judges were mended. The test of correlations took the examples for independent,
 although those of one class resemble each other. It now needs their classes, and the
 results of fig2, fig9, ranks and literal were stored without them. So these four claims
 were *borne out* on the last version of this page, and are *not testable yet*. Means
@@ -208,7 +251,6 @@ def page_of(
         verdicts="".join(lines),
         fewest=FEWEST_SETS,
         scale=_scale(known[0]["scale"]) if known else "Nothing has been run.",
-        draws=simulated["draws"],
         judges=judges.table(simulated),
         crossings=crossings_and_ends(earlier),
     )

@@ -114,7 +114,7 @@ GPU = replace(
     num_train=20_000,
     num_test=10_000,
     recipe=replace(FULL.recipe, num_epochs=20, milestones=(11, 16)),
-    num_seeds=4,
+    num_seeds=5,
     num_oracles=3,
     set_size=400,
     unlearn_epochs=8,
@@ -193,7 +193,7 @@ SCALES = {
         set_sizes=(40, 400),
         rates=(0.003, 0.01, 0.03, 0.1),
         poison_std=0.32**0.5,
-        groups=tuple(group_bound.Settings(seed, num_sets=20) for seed in range(3)),
+        groups=tuple(group_bound.Settings(seed, num_sets=20) for seed in range(5)),
     ),
     "full": Scale(
         sgd=FULL,

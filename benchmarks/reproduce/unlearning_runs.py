@@ -17,26 +17,39 @@ from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.methods import Autocast, Settings, candidate, optimizer_of
 from benchmarks.reproduce.workspace import Workspace
 from opacus_pi import GradNormLedger, Unlearner
-from opacus_pi.evaluation import evaluate
+from opacus_pi.evaluation import membership_inference
+from opacus_pi.evaluation.metrics import predict, summarise
 from opacus_pi.evaluation.trace import UnlearningTrace
 
 CRITERION = nn.CrossEntropyLoss()
+RETAINED_MIA = "retained_called_test"  # share of the retained images
 Evaluator = Callable[[nn.Module], dict[str, float]]
 
 
 def evaluator(
     workspace: Workspace, experiment: Experiment, forget_set: ForgetSet
 ) -> Evaluator:
-    """Return a function that evaluates a model on forget, retain and test data."""
+    """Return a function that evaluates a model on forget, retain and test data.
+
+    Beside the metrics of ``evaluate`` it returns ``RETAINED_MIA``, which shows how far
+    the threshold of the attack moves on images that are not forgotten.
+    """
     images = workspace.images(experiment)
     forget = forget_set.indices(workspace, experiment)
     kept = retained_sample(images, forget, experiment.num_probe)
-    parts = {
-        "forget": Subset(images.train, forget.tolist()),
-        "retain": Subset(images.train, kept.tolist()),
-        "test": images.test,
-    }
-    return lambda model: evaluate(model, CRITERION, **parts)
+    parts = (
+        Subset(images.train, forget.tolist()),
+        Subset(images.train, kept.tolist()),
+        images.test,
+    )
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        found = [predict(model, part, CRITERION) for part in parts]
+        of_retained, of_test = (one.confidences for one in found[1:])
+        attack = membership_inference(of_retained, of_test, of_retained)
+        return summarise(*found) | {RETAINED_MIA: attack.forget_called_test}
+
+    return measure
 
 
 def unlearn(

@@ -86,6 +86,7 @@ def panel(drawn, **more):
         "times": {"UA": times, "MIA": times},
         "oracles": {"UA": drawn.oracles.tolist(), "MIA": drawn.oracles.tolist()},
         "lost": drawn.lost.tolist(),
+        "moved": dict.fromkeys(("UA", "MIA"), drawn.moved.tolist()),
         "max_time": drawn.gaps.shape[2] - 1,
         **more,
     }
@@ -200,7 +201,7 @@ def test_every_method_is_judged_and_the_table_says_what_it_cost():
         "informative": {"good": True, "idle": False},
     }
     found = figure.judge(result)
-    for name in ("slower", "hardest slowest"):
+    for name in ("slower", "hardest quarter slower"):
         assert found.parts[name].parts["good"].verdict == BORNE_OUT
         assert found.parts[name].parts["idle"].verdict == NOT_TESTABLE
     lines = figure.table(result).splitlines()

@@ -4,10 +4,9 @@ import pytest
 from scipy import stats
 
 from benchmarks.reproduce.judging import __main__ as table
-from benchmarks.reproduce.judging import order
+from benchmarks.reproduce.judging import verdicts
 from benchmarks.reproduce.judging.scenario import counted
 from benchmarks.reproduce.judging.simulated import SCENARIOS
-from benchmarks.reproduce.judging.simulated_runs import SCENARIOS as OF_RUNS
 from benchmarks.reproduce.judging.verdicts import BORNE_OUT, NOT_BORNE_OUT
 
 SIZE = 0.05
@@ -25,15 +24,17 @@ def test_stored_sizes_are_at_most_five_percent(row):
     found = row["rates"]
     assert sum(found.values()) == pytest.approx(1)
     wrong = NOT_BORNE_OUT if row["effect"] else BORNE_OUT
-    assert found[wrong] <= SIZE
+    assert (found[wrong] > SIZE) == row["fools"]
 
 
 def test_the_stored_table_is_of_the_present_scenarios_and_constants():
     content = table.stored()
-    known = [(one.judge, one.name, one.effect) for one in SCENARIOS]
-    assert known == [(row["judge"], row["scenario"], row["effect"]) for row in ROWS]
+    known = [(one.judge, one.name, one.effect, one.fools) for one in SCENARIOS]
+    fields = "judge", "scenario", "effect", "fools"
+    assert known == [tuple(row[field] for field in fields) for row in ROWS]
     assert content["settings"] == table.settings()
-    assert content["draws"] >= 1_000 and table.CHECKED >= 200
+    drawn = [one.draws for one in SCENARIOS]
+    assert drawn == [row["draws"] for row in ROWS] and min(drawn) >= 200
     shown = (table.OUT / "judges.md").read_text(encoding="utf-8")
     assert shown == table.table(content)
 
@@ -45,18 +46,18 @@ def test_the_first_draws_are_judged_again_as_in_the_table(scenario, row):
     """A binomial limit on errors, and the verdicts that this code gives."""
     found = counted(scenario.verdicts(table.CHECKED))
     wrong = NOT_BORNE_OUT if scenario.effect else BORNE_OUT
-    assert found[wrong] <= MOST
+    assert found[wrong] <= MOST or scenario.fools
     for kind, number in found.items():
         assert abs(number - row["checked"][kind]) <= _TIES
 
 
-@pytest.mark.parametrize("claim", ["farther", "slower"])
+@pytest.mark.parametrize("claim", ["farther", "rises"])
 def test_a_judge_of_twice_the_size_would_be_found_out(claim, monkeypatch):
-    monkeypatch.setattr(order, "LEVEL", 0.1)
+    monkeypatch.setattr(verdicts, "LEVEL", 0.1)
     nulls = [
         one
-        for one in OF_RUNS
-        if claim in one.judge and not one.effect and "trainings differ" in one.name
+        for one in SCENARIOS
+        if f" {claim}" in f" {one.judge}" and not one.effect and not one.fools
     ]
-    found = [counted(one.verdicts(table.CHECKED))[BORNE_OUT] for one in nulls]
-    assert max(found) > MOST
+    found = [counted(one.verdicts(200))[BORNE_OUT] for one in nulls]
+    assert max(found) > stats.binom.ppf(0.95, 200, SIZE)

@@ -7,13 +7,15 @@ from benchmarks.reproduce import figures
 from benchmarks.reproduce.figures import FIGURES
 from benchmarks.reproduce.judging.verdicts import (
     BORNE_OUT,
+    DESCRIBED,
     DOES_NOT_HOLD,
     HOLDS,
     NOT_BORNE_OUT,
     NOT_TESTABLE,
     UNDECIDED,
-    all_of,
-    of_interval,
+    Verdict,
+    combined,
+    tested,
 )
 from benchmarks.reproduce.publication import verdict_on
 
@@ -150,12 +152,38 @@ def test_rankings_whose_classes_were_not_stored_are_not_testable():
 
 
 def test_one_part_that_fails_decides_and_one_that_is_open_leaves_it_open():
-    every = [BORNE_OUT, UNDECIDED, NOT_TESTABLE, NOT_BORNE_OUT]
-    assert all_of(every) == NOT_BORNE_OUT
-    assert all_of([BORNE_OUT, UNDECIDED, NOT_TESTABLE]) == NOT_TESTABLE
-    assert all_of([BORNE_OUT, UNDECIDED]) == UNDECIDED
-    assert all_of([BORNE_OUT, BORNE_OUT]) == BORNE_OUT
-    assert of_interval(0.0, 0.0) == of_interval(-1.0, 0.0) == UNDECIDED
+    yes, perhaps, untested, described = (
+        Verdict(kind) for kind in (BORNE_OUT, UNDECIDED, NOT_TESTABLE, DESCRIBED)
+    )
+    no = Verdict(NOT_BORNE_OUT, p_against=0.001)
+
+    def kind(*parts):
+        return combined({str(i): one for i, one in enumerate(parts)}).verdict
+
+    assert kind(yes, perhaps, untested, no) == NOT_BORNE_OUT
+    assert kind(yes, perhaps, untested) == NOT_TESTABLE
+    assert kind(yes, perhaps) == UNDECIDED
+    assert kind(yes, yes) == BORNE_OUT
+    assert kind(yes, described) == kind(described, described) == DESCRIBED
+    assert kind(described, untested) == NOT_TESTABLE
+
+
+def test_one_part_of_many_must_fail_more_clearly():
+    """A p-value of 1 % decides about two parts, and not about three, nested or not."""
+    yes, no = Verdict(BORNE_OUT), Verdict(NOT_BORNE_OUT, p_against=0.01)
+    remark = Verdict("", "does not count")
+    two = combined({"a": yes, "b": no, "c": remark})
+    assert two.verdict == NOT_BORNE_OUT and two.p_against == 0.01
+    nested = combined({"one": two, "two": yes})
+    assert nested.verdict == UNDECIDED and "among 3 parts" in nested.reason
+    assert combined({"one": two, "two": Verdict(NOT_TESTABLE)}).verdict == NOT_BORNE_OUT
+
+
+def test_both_sides_are_tested_at_two_and_a_half_percent():
+    assert tested(0.025, 0.9, "").verdict == BORNE_OUT
+    assert tested(0.026, 0.03, "").verdict == UNDECIDED
+    assert tested(0.9, 0.02, "") == Verdict(NOT_BORNE_OUT)
+    assert tested(0.9, 0.02, "").p_against == 0.02
 
 
 def certified(own):

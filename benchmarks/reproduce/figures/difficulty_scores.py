@@ -154,14 +154,12 @@ def _harder(of_loss: Result, other: Result, metric: str) -> Verdict:
     if reason:
         return Verdict(NOT_TESTABLE, f"{reason}; {shared}")
     gaps = [one.to_go[:, :, 0] for one in pair]
-    speeds = [one.slowness() for one in pair]
-    found = combined(
-        {
-            FARTHER: groups_differ(*gaps, "gap before unlearning larger by"),
-            SLOWER: groups_differ(*speeds, f"{SLOWNESS}, larger by"),
-        }
-    )
-    return Verdict(found.verdict, shared, found.parts)
+    speeds = [one.unlearned().slowness() for one in pair]
+    parts = {
+        FARTHER: groups_differ(*gaps, "gap before unlearning larger by"),
+        SLOWER: groups_differ(*speeds, f"{SLOWNESS}, larger by"),
+    }
+    return combined(parts, shared)
 
 
 def _draw_hardest(result: Result) -> Picture:

@@ -13,6 +13,8 @@ strong privacy and clipping, one with little of both. Unlearning is fine-tuning 
 noise; its learning rate is searched on a set of its own. Statistics: ``judging.order``.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from benchmarks.reproduce import outcomes
@@ -21,7 +23,11 @@ from benchmarks.reproduce.figures.drawing import draw_panels
 from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.forget_sets import sets_of
 from benchmarks.reproduce.judging.order import judge_panel
-from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict, all_of
+from benchmarks.reproduce.judging.verdicts import (
+    NOT_TESTABLE,
+    Verdict,
+    combined,
+)
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
 from benchmarks.reproduce.workspace import Workspace
@@ -69,12 +75,14 @@ def _result(scale: Scale, workspace: Workspace) -> Result:
 def _judge(result: Result) -> Verdict:
     """Decide by the panels in which most losses differ; quote the numbers of all."""
     found = {title: _judge_one(one) for title, one in result["panels"].items()}
-    clear = [
-        found[title].verdict
+    clear = {
+        title: found[title]
         for title, one in result["panels"].items()
         if not _mostly_tied(one)
-    ]
-    return Verdict(all_of(clear) if clear else NOT_TESTABLE, parts=found)
+    }
+    if not clear:
+        return Verdict(NOT_TESTABLE, parts=found)
+    return replace(combined(clear), parts=found)
 
 
 def _mostly_tied(found: Result) -> bool:
@@ -91,8 +99,9 @@ def _judge_one(found: Result) -> Verdict:
         f"share the largest loss; on the hardest set the oracles' UA exceeds the UA "
         f"before unlearning by {hardest:.3f}"
     )
-    verdict = NOT_TESTABLE if _mostly_tied(found) else order.verdict
-    return Verdict(verdict, because, order.parts)
+    if _mostly_tied(found):
+        return Verdict(NOT_TESTABLE, because, order.parts)
+    return replace(order, reason="; ".join(filter(None, (because, order.reason))))
 
 
 FIGURES = [

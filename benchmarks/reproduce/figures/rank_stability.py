@@ -15,6 +15,8 @@ Spearman's ρ within classes of the pair of noises that agrees least, against 0.
 limit fixed after ρ over all examples had been seen).
 """
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -137,9 +139,10 @@ def agreement(trainings: list, classes: list, names: list[str]) -> Verdict:
     )
     mean = (of_classes if len(of_classes) else of_trainings).mean(0)
     i, j = np.unravel_index(mean.argmin(), mean.shape)
-    found = above(Correlations(of_trainings[:, i, j], of_classes[:, i, j]), AGREE, 4)
+    some = Correlations(of_trainings[:, i, j], of_classes[:, i, j])
+    found = above(some, AGREE, 4, among=len(names) * (len(names) - 1) // 2)
     pair = f"Spearman of the pair that agrees least, {names[i]} and {names[j]}"
-    return Verdict(found.verdict, f"{pair}: {found.reason}")
+    return replace(found, reason=f"{pair}: {found.reason}")
 
 
 def _draw(result: Result) -> Picture:

@@ -98,7 +98,8 @@ def _judge_middle(result: Result) -> Verdict:
     """Judge UA and MIA, and the Gaussian score if it was measured.
 
     Unlearning lowers the score. It has no natural scale, so a set has something to
-    forget if its gap exceeds twice the standard deviation of its oracles.
+    forget if its gap exceeds twice the standard deviation of its oracles. It is a score
+    of the noise on the forget set, which has no counterpart on retained images.
     """
     found = orders_of(result)
     if "gus" in result:
@@ -107,6 +108,7 @@ def _judge_middle(result: Result) -> Verdict:
             np.array(result["gus"]["gaps"], dtype=np.float64),
             np.array(result["lost"], dtype=np.float64),
             np.array(result["gus"]["oracles"], dtype=np.float64),
+            np.zeros(np.shape(result["gus"]["gaps"])),
             toward=-1,
             least_gap=2 * np.array(result["gus"]["spread"], dtype=np.float64),
         )

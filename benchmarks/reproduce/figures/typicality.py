@@ -12,6 +12,8 @@ over classes, and over the trainings' own ledgers. The limit was fixed after ρ 
 examples had been seen.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from matplotlib.figure import Figure as Picture
 from numpy.typing import NDArray
@@ -131,7 +133,7 @@ def _judge_pictures(result: Result) -> Verdict:
         f"{share['lowest loss']} in the easiest, {share['all']} overall; Spearman with "
         f"the privacy loss {found.reason}"
     )
-    return Verdict(found.verdict, because)
+    return replace(found, reason=because)
 
 
 def _within(result: Result) -> Correlations:

@@ -9,9 +9,12 @@
 | ``contrasts`` | differences between groups of sets, and between two values of each |
 | ``equivalence`` | are values the same on all sets, within a fixed margin? |
 | ``budgets`` | how much less do budgets from the loss leave? Described, not judged |
+| ``choices`` | which training and which oracle choose the sets? All, in turn |
+| ``speeds`` | is the hardest quarter slower; do speeds separate less for large sets? |
 | ``examples`` | rank correlations over many examples, within classes |
 | ``scenario`` | a simulated study of known truth |
 | ``simulated_runs`` | studies of unlearning runs, for ``order`` |
+| ``simulated_speeds`` | studies of runs of given speeds, for ``speeds`` |
 | ``simulated_values`` | studies of values of sets and examples, for the other judges |
 | ``simulated`` | the studies of every judge |
 

@@ -20,7 +20,12 @@ from benchmarks.reproduce.judging.order import (
     too_little,
 )
 from benchmarks.reproduce.judging.runs import Runs
-from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict, text_of
+from benchmarks.reproduce.judging.verdicts import (
+    DESCRIBED,
+    NOT_TESTABLE,
+    Verdict,
+    text_of,
+)
 from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.unlearning.plan import predict_time
 
@@ -83,7 +88,10 @@ def _scaled(predicted: Floats, mean: float, most: float) -> Floats:
 
 
 def judge_gain(runs: Runs) -> Verdict:
-    """Describe the gain of budgets from the loss; no test of it has any power."""
+    """Describe the gain of budgets from the loss; no test of it has any power.
+
+    The first training and oracle choose the sets.
+    """
     reason = runs.unusable() or too_little(runs)
     if reason:
         return Verdict(NOT_TESTABLE, reason)
@@ -97,7 +105,7 @@ def judge_gain(runs: Runs) -> Verdict:
     times = np.where(near.any(2), near.argmax(2), np.inf)
     found = mean_interval(gains(some, times).mean(0))
     return Verdict(
-        NOT_TESTABLE,
+        DESCRIBED,
         f"a mean gain over {judged.sum()} sets is too small to be tested; gap left by "
         f"a fixed budget minus that of budgets from the loss: {text_of(found)}",
     )

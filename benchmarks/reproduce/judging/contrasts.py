@@ -13,20 +13,20 @@ two judges, of groups and of separations, have no such test. They take it that t
 that were drawn show how much sets differ.
 """
 
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from benchmarks.reproduce.judging.order import LEVEL, too_few_sets
+from benchmarks.reproduce.judging.order import too_few_sets
 from benchmarks.reproduce.judging.verdicts import (
-    BORNE_OUT,
-    NOT_BORNE_OUT,
+    LEVEL,
     NOT_TESTABLE,
-    UNDECIDED,
     Verdict,
     not_finite,
+    tested,
     text_of,
 )
 from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
@@ -80,7 +80,8 @@ def larger(first: ArrayLike, second: ArrayLike, what: str) -> Verdict:
     over_trainings = student(one.mean(1) - two.mean(1))
     text = (
         f"{means[0].mean():.3f} against {means[1].mean():.3f}; {what} "
-        f"{text_of(mean_interval(relative), 2)} of the larger value"
+        f"{text_of(mean_interval(relative), 2)} of the larger value (Student's "
+        "interval, which is not the test)"
     )
     return _verdict(over_sets, over_trainings, text, f"{len(top)} sets", len(one))
 
@@ -104,7 +105,7 @@ def groups_differ(first: ArrayLike, second: ArrayLike, what: str) -> Verdict:
     means = one.mean(0), two.mean(0)
     over_sets = _both(_permuted(*means), _welch_test(*means))
     over_trainings = student(one.mean(1) - two.mean(1))
-    text = f"{what} {text_of(_welch(*means))}"
+    text = f"{what} {text_of(_welch(*means))} (Welch's interval)"
     sizes = f"{len(means[0])} against {len(means[1])} sets"
     return _verdict(over_sets, over_trainings, text, sizes, len(one))
 
@@ -192,37 +193,47 @@ def _verdict(
     """Return the verdict of both tests, each given as p-values of above and below."""
     above, below = _both(over_sets, over_trainings)
     side = int(over_sets[0] > over_sets[1])
+    name = ("more", "less")[side]
     text += (
-        f"; p = {over_sets[side]:.4f} over {sets}, {over_trainings[side]:.4f} over "
-        f"{trainings} trainings"
+        f"; one-sided p of {name} = {over_sets[side]:.4f} over {sets}, "
+        f"{over_trainings[side]:.4f} over {trainings} trainings"
     )
-    if above <= LEVEL:
-        return Verdict(BORNE_OUT, text)
-    return Verdict(NOT_BORNE_OUT if below <= LEVEL else UNDECIDED, text)
+    return tested(above, below, text)
 
 
 def _permuted(one: Floats, two: Floats) -> tuple[float, float]:
     """Return the shares of divisions with at least, and at most, this difference."""
     pooled, size = np.concatenate([one, two]), len(one)
-    sums = pooled[list(combinations(range(len(pooled)), size))].sum(1)
+    sums = pooled[_divisions(len(pooled), size)].sum(1)
     seen, slack = one.sum(), _SAME * max(1.0, float(np.abs(pooled).sum()))
     return float((sums >= seen - slack).mean()), float((sums <= seen + slack).mean())
+
+
+@lru_cache(maxsize=64)
+def _divisions(number: int, size: int) -> NDArray[np.int64]:
+    """Return which of some sets are in the first group, for all possible divisions."""
+    return np.array(list(combinations(range(number), size)))
 
 
 def _welch_test(one: Floats, two: Floats) -> tuple[float, float]:
     """Return Welch's p-values of a first group above, and below, the second."""
     if not (one.std() or two.std()):
         return float(one[0] <= two[0]), float(one[0] >= two[0])
-    above = stats.ttest_ind(one, two, equal_var=False, alternative="greater").pvalue
-    return float(above), float(1 - above)
+    middle, error, freedom = _welch_error(one, two)
+    above = float(stats.t.sf(middle / error, freedom))
+    return above, 1 - above
 
 
 def _welch(one: Floats, two: Floats) -> ConfidenceInterval:
     """Return the difference of two means, with Welch's 95 % interval."""
-    middle = float(one.mean() - two.mean())
-    parts = np.array([v.var(ddof=1) / len(v) for v in (one, two)])
-    if not parts.sum():
-        return ConfidenceInterval(middle, middle, middle)
-    freedom = parts.sum() ** 2 / (parts**2 / (len(one) - 1, len(two) - 1)).sum()
-    half = float(stats.t.isf(LEVEL, freedom) * np.sqrt(parts.sum()))
+    middle, error, freedom = _welch_error(one, two)
+    half = float(stats.t.isf(LEVEL, freedom) * error) if error else 0.0
     return ConfidenceInterval(middle, middle - half, middle + half)
+
+
+def _welch_error(one: Floats, two: Floats) -> tuple[float, float, float]:
+    """Return a difference of two means, its standard error and degrees of freedom."""
+    parts = np.array([v.var(ddof=1) / len(v) for v in (one, two)])
+    spent = float((parts**2 / (len(one) - 1, len(two) - 1)).sum())
+    freedom = float(parts.sum()) ** 2 / spent if spent else np.inf
+    return float(one.mean() - two.mean()), float(np.sqrt(parts.sum())), freedom

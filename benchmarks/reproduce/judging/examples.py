@@ -10,9 +10,13 @@ error.
 
 Correlations are transformed by Fisher's artanh, so that an interval never leaves
 [-1, 1]. Student's intervals over classes and over trainings are added as independent
-errors.
+errors. The artanh of a correlation near 1 is so large that a few such classes would
+outweigh others that are far below a limit. So a mean correlation must be above a limit,
+or below it, both as it is and by its artanh. Classes of fewer than 30 examples are left
+out: with two or three, the rank correlation is often exactly 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,21 +24,21 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from benchmarks.reproduce.judging.verdicts import (
-    BORNE_OUT,
-    NOT_BORNE_OUT,
+    LEVEL,
     NOT_TESTABLE,
-    UNDECIDED,
     Verdict,
     not_finite,
-    of_interval,
+    tested,
     text_of,
 )
-from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
+from opacus_pi.evaluation.intervals import ConfidenceInterval
 
 Floats = NDArray[np.float64]
 FEWEST_TRAININGS = 3
 FEWEST_CLASSES = 5
+FEWEST_EXAMPLES = 30  # of a class
 _ONE = 1 - 1e-9  # the largest correlation whose artanh is used
+Mean = tuple[float, Callable[[float], float]]  # and its error at a level
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Correlations:
     Attributes:
         of_trainings: Over all examples, for each training, ``(trainings,)``.
         of_classes: Within each class, by scores averaged over the trainings,
-            ``(classes,)``; empty if the examples were stored without their classes.
+            ``(classes,)``, as ``within_classes`` returns them; empty if the examples
+            were stored without their classes.
     """
 
     of_trainings: Floats
@@ -61,7 +66,10 @@ class Correlations:
                 f"test (over all examples {self.of_trainings.mean():.4f})"
             )
         if classes < FEWEST_CLASSES:
-            return f"{classes} classes; at least {FEWEST_CLASSES} are needed"
+            return (
+                f"{classes} classes of at least {FEWEST_EXAMPLES} examples; at least "
+                f"{FEWEST_CLASSES} are needed"
+            )
         return not_finite(
             {
                 "correlations of trainings": self.of_trainings,
@@ -70,9 +78,10 @@ class Correlations:
         )
 
     def text(self) -> str:
-        """Return the number of classes, and the correlation over all examples."""
+        """Return the number of classes, the lowest, and that over all examples."""
         return (
-            f"{len(self.of_classes)} classes; over all examples "
+            f"{len(self.of_classes)} classes of at least {FEWEST_EXAMPLES} examples, "
+            f"the lowest {self.of_classes.min():.3f}; over all examples "
             f"{self.of_trainings.mean():.3f}, {len(self.of_trainings)} trainings"
         )
 
@@ -86,10 +95,13 @@ def within_classes(first: ArrayLike, second: ArrayLike, labels: ArrayLike) -> Fl
         labels: The class of each example, ``(n,)``.
 
     Returns:
-        ``(classes,)``; NaN where a score does not vary within a class.
+        ``(classes,)``, without those of fewer than ``FEWEST_EXAMPLES``; NaN where a
+        score does not vary within a class.
     """
     scores, classes = np.array([first, second], dtype=np.float64), np.asarray(labels)
-    return np.array([_spearman(scores[:, classes == k]) for k in np.unique(classes)])
+    names, sizes = np.unique(classes, return_counts=True)
+    large = names[sizes >= FEWEST_EXAMPLES]
+    return np.array([_spearman(scores[:, classes == k]) for k in large])
 
 
 def _spearman(scores: Floats) -> float:
@@ -100,40 +112,76 @@ def _spearman(scores: Floats) -> float:
 
 
 def correlation(found: Correlations) -> ConfidenceInterval:
-    """Return the mean correlation within classes, with its 95 % interval."""
-    z = (np.arctanh(np.clip(v, -_ONE, _ONE)) for v in _parts(found))
-    return ConfidenceInterval(*map(float, np.tanh(_interval(*z))))
+    """Return the mean correlation within classes, by its artanh, with its interval."""
+    middle, error = _by_artanh(found)
+    half = error(LEVEL)
+    ends = np.tanh([middle, middle - half, middle + half])
+    return ConfidenceInterval(*map(float, ends))
 
 
-def _parts(found: Correlations) -> tuple[Floats, Floats]:
-    return found.of_classes, found.of_trainings
+def _artanh(found: Correlations) -> list[Floats]:
+    parts = found.of_classes, found.of_trainings
+    return [np.arctanh(np.clip(one, -_ONE, _ONE)) for one in parts]
 
 
-def _interval(classes: Floats, trainings: Floats) -> ConfidenceInterval:
-    """Return the mean over classes, with an interval over classes and trainings."""
-    halves = [
-        one.high - one.estimate for one in map(mean_interval, (classes, trainings))
+def _by_artanh(found: Correlations) -> Mean:
+    return _mean(*_artanh(found))
+
+
+def _mean(classes: Floats, trainings: Floats) -> Mean:
+    """Return the mean over classes, and its error at any level.
+
+    The error is the half width of a one-sided interval over classes and trainings.
+    """
+    parts = [
+        (v.std(ddof=1) / np.sqrt(len(v)), len(v) - 1) for v in (classes, trainings)
     ]
-    middle, half = float(classes.mean()), float(np.hypot(*halves))
-    return ConfidenceInterval(middle, middle - half, middle + half)
+
+    def error(level: float) -> float:
+        return float(np.hypot(*(stats.t.isf(level, n) * one for one, n in parts)))
+
+    return float(classes.mean()), error
 
 
-def above(found: Correlations, least: float, digits: int = 3) -> Verdict:
+def _p_above(mean: Mean, limit: float) -> float:
+    """Return at which level the mean is just above the limit; 1 if it is below."""
+    distance = mean[0] - limit
+    if distance <= 0:
+        return 1.0
+    low, high = 0.0, 0.5
+    for _ in range(40):
+        level = (low + high) / 2
+        low, high = (low, level) if mean[1](level) < distance else (level, high)
+    return high
+
+
+def _tests(by_artanh: Mean, plain: Mean, limit: float) -> tuple[float, float]:
+    """Return p-values of above and below the limit, by both scales."""
+    pairs = (by_artanh, float(np.arctanh(limit))), (plain, limit)
+    above = max(_p_above(mean, one) for mean, one in pairs)
+    below = max(_p_above((-mean[0], mean[1]), -one) for mean, one in pairs)
+    return above, below
+
+
+def above(
+    found: Correlations, least: float, digits: int = 3, among: int = 1
+) -> Verdict:
     """Decide whether a correlation is above a limit that was fixed beforehand.
 
     Args:
         found: The correlations.
         least: The limit.
         digits: Decimal places of the text.
+        among: From how many correlations the lowest was chosen.
     """
     reason = found.unusable()
     if reason:
         return Verdict(NOT_TESTABLE, reason)
     inside = correlation(found)
     text = f"{text_of(inside, digits)} against {least:g} within {found.text()}"
-    if inside.low > least:
-        return Verdict(BORNE_OUT, text)
-    return Verdict(NOT_BORNE_OUT if inside.high < least else UNDECIDED, text)
+    plain = _mean(found.of_classes, found.of_trainings)
+    p_above, p_below = _tests(_by_artanh(found), plain, least)
+    return tested(p_above, among * p_below, text)
 
 
 def ahead(found: Correlations, other: Correlations) -> Verdict:
@@ -141,8 +189,13 @@ def ahead(found: Correlations, other: Correlations) -> Verdict:
     reason = found.unusable() or other.unusable()
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    both = zip(_parts(found), _parts(other), strict=True)
-    lead = _interval(*(one - two for one, two in both))
-    return Verdict(
-        of_interval(lead.low, lead.high), f"by {text_of(lead)} within {found.text()}"
+    both = zip(_artanh(found), _artanh(other), strict=True)
+    classes, trainings = (one - two for one, two in both)
+    lead = _mean(classes, trainings)
+    half = lead[1](LEVEL)
+    interval = ConfidenceInterval(lead[0], lead[0] - half, lead[0] + half)
+    return tested(
+        _p_above(lead, 0.0),
+        _p_above((-lead[0], lead[1]), 0.0),
+        f"by {text_of(interval)} (of artanh) within {found.text()}",
     )

@@ -5,6 +5,12 @@ sign*: positive on the side on which the trained model starts, negative beyond t
 retrained models (oracles). The distance without its sign would be larger where the
 oracles vary more, even if there is nothing to forget.
 
+Fine-tuning also changes what a model does on images that it keeps: a large learning
+rate raises the error on all of them, and the threshold of a membership attack moves. A
+forget set shares this movement, although nothing of it is unlearned. So the movement of
+the same metric on retained images since the start of the run is subtracted from the gap
+wherever something that was *unlearned* is measured.
+
 Sets with something to forget are chosen by one training and one oracle, and measured
 with all others. A choice by the measured value itself would favour sets whose value is
 large by chance, and such a value falls again without any unlearning.
@@ -20,6 +26,7 @@ from opacus_pi.evaluation import GapSummary, UnlearningTrace, gap_summary
 
 LEAST_GAP = 0.05  # gap before unlearning from which on there is something to forget
 MOST_LOST = 0.05  # test accuracy that a run may cost
+MOST_MOVED = 0.05  # mean movement of the metric on retained images
 SLOWNESS = "share of the gap that remained, as an angle"
 _METRIC = "gap"
 
@@ -41,6 +48,8 @@ class Runs:
             ``(oracles, seeds, sets)`` if every training has its own.
         toward: 1 if unlearning raises the metric, as it does UA and MIA; -1 if it
             lowers the metric.
+        moved: The metric on retained images minus that before unlearning, of the shape
+            of ``gaps``; 0 if the metric has no counterpart on them.
         least_gap: Gap before unlearning that a set must exceed to be judged, a number
             or one for each set; five points if the metric is an accuracy.
     """
@@ -49,6 +58,7 @@ class Runs:
     gaps: Floats
     lost: Floats
     oracles: Floats
+    moved: Floats
     toward: int = 1
     least_gap: float | Floats = LEAST_GAP
 
@@ -60,6 +70,7 @@ class Runs:
             np.array(panel["gaps"][metric], dtype=np.float64),
             np.array(panel["lost"], dtype=np.float64),
             np.array(panel["oracles"][metric], dtype=np.float64),
+            np.array(panel["moved"][metric], dtype=np.float64),
         )
 
     @property
@@ -80,6 +91,7 @@ class Runs:
             difficulty=self.difficulty[judged],
             gaps=self.gaps[:, judged],
             lost=self.lost[:, judged],
+            moved=self.moved[:, judged],
             oracles=self.oracles[..., judged],
             least_gap=least if np.ndim(least) == 0 else np.asarray(least)[judged],
         )
@@ -97,7 +109,14 @@ class Runs:
             self,
             gaps=self.gaps[1:] - mean[:, :, None],
             lost=self.lost[1:],
+            moved=self.moved[1:],
             oracles=others - mean,
+        )
+
+    def unlearned(self) -> "Runs":
+        """Return the runs without the movement that retained images share."""
+        return replace(
+            self, gaps=self.gaps - self.moved, moved=np.zeros_like(self.moved)
         )
 
     def _of_each_run(self) -> Floats:
@@ -114,6 +133,7 @@ class Runs:
             "gap": self.gaps,
             "lost test accuracy": self.lost,
             "metric of the oracles": self.oracles,
+            "metric on retained images": self.moved,
             "least gap": np.asarray(self.least_gap),
         }
         for name, values in named.items():

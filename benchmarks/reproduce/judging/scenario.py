@@ -4,6 +4,9 @@
 the effect*, "borne out" is right: its rate is the power, and "not borne out" is an
 error. A claim that must not be confirmed for another reason (a damaged model, too few
 oracles) counts as one without the effect.
+
+Some errors cannot be avoided with a few trainings or sets: what is rare is often not
+drawn. Such scenarios are simulated, too, and listed as *known to fool* their judge.
 """
 
 from collections.abc import Callable
@@ -32,12 +35,16 @@ class Scenario:
         name: What is simulated.
         effect: Whether the claim is true in it.
         draw: Draws the numbers and returns the verdict.
+        fools: It is known to fool the judge in more than 5 % of the studies.
+        draws: Studies to simulate; fewer where every choice of the sets is judged.
     """
 
     judge: str
     name: str
     effect: bool
     draw: Callable[[Rng], Verdict]
+    fools: bool = False
+    draws: int = 400
 
     def verdicts(self, draws: int) -> list[str]:
         """Return the verdict of each draw; the first ones are the same at each call."""

@@ -43,6 +43,9 @@ class Truth:
         at_ends: Further standard deviation of the oracles at both ends.
         damage: Test accuracy that the method costs.
         beyond: Share of the gap by which the runs go too far.
+        moved: By how much the metric moves on all images, retained ones too, at once
+            after the start.
+        fades: Epochs after which only a third of this movement is left; 0: it stays.
     """
 
     sets: int = SETS
@@ -61,6 +64,8 @@ class Truth:
     at_ends: float = 0.0
     damage: float = 0.0
     beyond: float = 0.0
+    moved: float = 0.0
+    fades: float = 0.0
 
     def but(self, **changes: object) -> "Truth":
         """Return a copy with some fields changed."""
@@ -91,9 +96,19 @@ def draw_runs(rng: Rng, truth: Truth) -> Runs:
     oracles = errors * rng.normal(size=(truth.oracles, truth.sets))
     mean = oracles.mean(0)
     lost = truth.damage + 0.01 * rng.normal(size=(truth.seeds, truth.sets))
-    return Runs(
-        np.exp(4 * hardness), noise - path - mean[:, None], lost, oracles - mean
-    )
+    moved = np.broadcast_to(_movement(truth), path.shape)
+    if truth.moved:  # of a sample of the retained images, and not the same in each run
+        moved = moved * (1 + 0.15 * rng.normal(size=(truth.seeds, 1, 1)))
+    seen = moved + 0.005 * rng.normal(size=path.shape) * (np.arange(path.shape[2]) > 0)
+    gaps = noise - path - mean[:, None] + moved
+    return Runs(np.exp(4 * hardness), gaps, lost, oracles - mean, seen)
+
+
+def _movement(truth: Truth) -> Floats:
+    """Return the mean movement of the metric on all images, ``(epochs + 1,)``."""
+    since = np.arange(truth.epochs + 1.0) - 1
+    left = np.exp(-since / truth.fades) if truth.fades else np.ones_like(since)
+    return truth.moved * np.where(since < 0, 0.0, left)
 
 
 def _damaged_set(runs: Runs) -> Runs:
@@ -125,7 +140,13 @@ def _scenario(
     truth: Truth,
     change: Callable[[Runs], Runs] = lambda runs: runs,
 ) -> Scenario:
-    return Scenario(claim, name, effect, lambda r: judge(change(draw_runs(r, truth))))
+    return Scenario(
+        claim,
+        name,
+        effect,
+        lambda r: judge(change(draw_runs(r, truth))),
+        draws=200 if judge is judge_slower else 400,
+    )
 
 
 PLAIN = Truth()
@@ -134,6 +155,8 @@ _NOISY = (0.01, 0.15)  # oracles of hard sets vary more
 _FARTHER = "hard sets are farther (1, 3, 5-8, private, rates, methods)"
 _SLOWER = "hard sets are slower (1, 3, 5-8, private, rates, methods)"
 
+_MOVED = PLAIN.but(start=0.3, farther=0.44, gaps=0.02, speed=0.04, speeds=0.1, epochs=8)
+_NEAR = PLAIN.but(start=0.12, farther=0.3, gaps=0.06)
 _FARTHER_NULLS = {
     "sets in random order": PLAIN,
     "hard sets slower": SLOW,
@@ -144,7 +167,7 @@ _FARTHER_NULLS = {
     "the same, near five points": PLAIN.but(start=0.06, gaps=0.0, oracle_noise=_NOISY),
     "oracles vary more at both ends": PLAIN.but(gaps=0.0, at_ends=0.2),
     "trainings differ in slope": PLAIN.but(slopes=0.5),
-    "the same, 3 trainings": PLAIN.but(slopes=0.5, seeds=3),
+    "the same, 4 trainings": PLAIN.but(slopes=0.5, seeds=4),
     "trainings differ in slope, equal gaps": PLAIN.but(slopes=0.5, gaps=0.0),
 }
 _SLOWER_NULLS = {
@@ -165,6 +188,17 @@ _SLOWER_NULLS = {
     "trainings differ in slope": PLAIN.but(slopes=0.5),
     "the same, 4 trainings": PLAIN.but(slopes=0.5, seeds=4),
     "trainings differ in slope, equal speed": PLAIN.but(slopes=0.5, speeds=0.0),
+    "equal speed, farther, 8 epochs": _MOVED,
+    "the same, all images lose 4 points": _MOVED.but(moved=0.04),
+    "the same, all images lose 2 points": _MOVED.but(moved=0.02),
+    "nothing unlearned, all images lose 4 points": _MOVED.but(
+        moved=0.04, speed=0.0, start=0.2, farther=0.24
+    ),
+    "equal speed, all images lose 10 points for some epochs": _MOVED.but(
+        moved=0.1, fades=2.0
+    ),
+    "equal speed, all images lose 20 points": _MOVED.but(moved=0.2),
+    "many sets near five points": _NEAR,
     "nothing unlearned, near five points": PLAIN.but(start=0.06, gaps=0.02, speed=0),
     "the same, hard sets farther": PLAIN.but(start=0.1, farther=0.15, speed=0),
     "hardly unlearned, near five points": PLAIN.but(start=0.08, gaps=0.03, speed=0.05),
@@ -185,7 +219,8 @@ _FARTHER_CLAIMS = {
     "20 points farther": PLAIN.but(farther=0.2),
     "30 points farther, trainings differ in slope": PLAIN.but(farther=0.3, slopes=0.3),
     "30 points farther, 10 sets": PLAIN.but(farther=0.3, sets=10),
-    "30 points farther, 3 trainings": PLAIN.but(farther=0.3, seeds=3),
+    "10 points farther": PLAIN.but(farther=0.1),
+    "3 points farther": PLAIN.but(farther=0.03),
 }
 _SLOWER_CLAIMS = {
     "4.5 times slower": SLOW,
@@ -195,6 +230,14 @@ _SLOWER_CLAIMS = {
     "4.5 times slower, 8 epochs": SLOW.but(epochs=8),
     "4.5 times slower, 8 epochs, 3 % an epoch": SLOW.but(epochs=8, speed=0.03),
     "4.5 times slower, 5 oracles": SLOW.but(oracles=5),
+    "2.7 times slower, MIA of all images falls by 3 points": _MOVED.but(
+        moved=-0.03, speed=0.12, slower=1.0
+    ),
+    "1.6 times slower, the same": _MOVED.but(moved=-0.03, speed=0.12, slower=0.5),
+    "1.6 times slower, all images lose 3 points": _MOVED.but(
+        moved=0.03, speed=0.12, slower=0.5
+    ),
+    "2.7 times slower, many sets near five points": _NEAR.but(slower=1.0),
     "4.5 times slower, 12 sets": SLOW.but(sets=12),
 }
 

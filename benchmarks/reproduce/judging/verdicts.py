@@ -4,10 +4,12 @@ A claim is *borne out* or *not borne out* if a test with a small error probabili
 so. It is *undecided* if the test was made and both answers remain possible, and *not
 testable yet* if the numbers cannot answer it, for example because nothing was
 unlearned, or because one of them is not finite. A claim with several parts is borne out
-only if all of them are.
+only if all of them are. It is not borne out if one part is so clearly not borne out
+that chance would find no such part among that many in 97.5 % of the cases (Holm).
 
 A claim about numbers that follow from constants, such as a bound, is not judged:
 nothing in it is random, so no test applies. It is *computed*, and holds or does not.
+A claim of which no test has any power is *described, not judged*.
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,6 +24,8 @@ BORNE_OUT = "borne out"
 NOT_BORNE_OUT = "not borne out"
 UNDECIDED = "undecided"
 NOT_TESTABLE = "not testable yet"
+DESCRIBED = "described, not judged"
+LEVEL = 0.025  # of each of the two one-sided tests
 HOLDS = "computed: holds"
 DOES_NOT_HOLD = "computed: does not hold"
 COMPUTED = (HOLDS, DOES_NOT_HOLD)
@@ -33,15 +37,24 @@ class Verdict:
 
     Attributes:
         verdict: ``BORNE_OUT``, ``NOT_BORNE_OUT``, ``UNDECIDED`` or ``NOT_TESTABLE``;
-            ``HOLDS`` or ``DOES_NOT_HOLD`` if it was computed; empty for a remark, which
-            does not count.
+            ``HOLDS`` or ``DOES_NOT_HOLD`` if it was computed; ``DESCRIBED`` if no test
+            has any power; empty for a remark, which does not count.
         reason: The numbers behind it, in one sentence.
         parts: The verdicts on the parts of the claim, by name.
+        p_against: One-sided p-value of the test that the claim is false, if it is not
+            borne out.
     """
 
     verdict: str
     reason: str = ""
     parts: dict[str, "Verdict"] = field(default_factory=dict)
+    p_against: float = field(default=1.0, compare=False)
+
+    @property
+    def judged(self) -> list["Verdict"]:
+        """The verdicts on the parts that have no parts of their own, or on this."""
+        parts = [one for one in self.parts.values() if one.verdict]
+        return [leaf for one in parts for leaf in one.judged] if parts else [self]
 
     @property
     def because(self) -> str:
@@ -145,34 +158,55 @@ def interval_text(values: np.ndarray, digits: int = 3) -> str:
     return f"{found.estimate:.{digits}f} ± {half:.{digits}f}"
 
 
-def of_interval(low: float, high: float) -> str:
-    """Return the verdict on "above 0".
+def tested(p_for: float, p_against: float, text: str) -> Verdict:
+    """Return the verdict of two one-sided tests.
 
-    An interval that is the point 0 decides nothing, nor does one that ends at 0.
+    Args:
+        p_for: p-value of the test that the claim is true.
+        p_against: p-value of the test that it is false.
+        text: The numbers behind it.
     """
-    if low > 0:
-        return BORNE_OUT
-    return NOT_BORNE_OUT if high < 0 else UNDECIDED
+    if p_for <= LEVEL:
+        return Verdict(BORNE_OUT, text)
+    if p_against <= LEVEL:
+        return Verdict(NOT_BORNE_OUT, text, p_against=p_against)
+    return Verdict(UNDECIDED, text)
 
 
-def combined(verdicts: dict[str, Verdict]) -> Verdict:
-    """Return one verdict over several parts: borne out only if all of them are."""
-    kind = all_of([one.verdict for one in verdicts.values()])
-    return Verdict(kind, parts=verdicts)
+def combined(verdicts: dict[str, Verdict], reason: str = "") -> Verdict:
+    """Return one verdict over several parts, and their parts.
+
+    It is borne out only if all parts are. Each test finds a true part not borne out in
+    up to 2.5 % of the cases, and many tests find one more often. So it is not borne out
+    only if the smallest p-value, times the number of tests that were made, is at most
+    2.5 % (Holm). Else one part that cannot be tested leaves the claim untested, and one
+    that is not borne out for itself alone, or undecided, leaves it undecided.
+
+    Args:
+        verdicts: The parts by name; those with an empty verdict do not count.
+        reason: What to say before the parts.
+    """
+    leaves = Verdict("", parts=verdicts).judged
+    kinds = [one.verdict for one in leaves]
+    made = [
+        one for one in leaves if one.verdict in (BORNE_OUT, NOT_BORNE_OUT, UNDECIDED)
+    ]
+    least = min((one.p_against for one in made), default=1.0)
+    if len(made) * least <= LEVEL:
+        return Verdict(NOT_BORNE_OUT, reason, verdicts, least)
+    if NOT_BORNE_OUT in kinds:
+        one = (
+            f"a part is not borne out for itself (p = {least:.4f}), but among "
+            f"{len(made)} parts chance finds one so often that this decides nothing"
+        )
+        kind = NOT_TESTABLE if NOT_TESTABLE in kinds else UNDECIDED
+        return Verdict(kind, "; ".join(filter(None, (reason, one))), verdicts)
+    for kind in (NOT_TESTABLE, UNDECIDED, DESCRIBED):
+        if kind in kinds:
+            return Verdict(kind, reason, verdicts)
+    return Verdict(BORNE_OUT, reason, verdicts)
 
 
 def with_remark(verdict: Verdict, name: str, text: str) -> Verdict:
     """Return a verdict with a further part that does not count."""
     return replace(verdict, parts=verdict.parts | {name: Verdict("", text)})
-
-
-def all_of(kinds: list[str]) -> str:
-    """Return the verdict on a claim from the verdicts on its parts.
-
-    One part that is not borne out decides. Else one part that cannot be tested leaves
-    the claim untested, and one that is undecided leaves it undecided.
-    """
-    for kind in (NOT_BORNE_OUT, NOT_TESTABLE, UNDECIDED):
-        if kind in kinds:
-            return kind
-    return BORNE_OUT
