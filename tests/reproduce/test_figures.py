@@ -152,7 +152,8 @@ def hardest(more):
 def test_hardest_sets_of_two_scores_are_compared_by_sets():
     judge = FIGURES["fig3"].judge
     assert judge(hardest(1.0)).verdict == BORNE_OUT
-    assert judge(hardest(-1.0)).verdict == NOT_BORNE_OUT
+    nearer = judge(hardest(-1.0))  # four sets never refute one of twelve parts (Holm)
+    assert nearer.verdict == UNDECIDED and "not borne out for itself" in nearer.because
     same = judge(hardest(0.0))
     assert same.verdict == UNDECIDED and "50 % of the examples are the" in same.because
     assert judge(hardest(-2.5)).verdict == NOT_TESTABLE

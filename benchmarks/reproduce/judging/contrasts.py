@@ -26,7 +26,7 @@ from benchmarks.reproduce.judging.verdicts import (
     NOT_TESTABLE,
     Verdict,
     not_finite,
-    tested,
+    of_tests,
     text_of,
 )
 from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
@@ -198,7 +198,7 @@ def _verdict(
         f"; one-sided p of {name} = {over_sets[side]:.4f} over {sets}, "
         f"{over_trainings[side]:.4f} over {trainings} trainings"
     )
-    return tested(above, below, text)
+    return of_tests(above, below, text)
 
 
 def _permuted(one: Floats, two: Floats) -> tuple[float, float]:

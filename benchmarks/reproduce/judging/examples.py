@@ -28,7 +28,7 @@ from benchmarks.reproduce.judging.verdicts import (
     NOT_TESTABLE,
     Verdict,
     not_finite,
-    tested,
+    of_tests,
     text_of,
 )
 from opacus_pi.evaluation.intervals import ConfidenceInterval
@@ -181,7 +181,7 @@ def above(
     text = f"{text_of(inside, digits)} against {least:g} within {found.text()}"
     plain = _mean(found.of_classes, found.of_trainings)
     p_above, p_below = _tests(_by_artanh(found), plain, least)
-    return tested(p_above, among * p_below, text)
+    return of_tests(p_above, among * p_below, text)
 
 
 def ahead(found: Correlations, other: Correlations) -> Verdict:
@@ -194,7 +194,7 @@ def ahead(found: Correlations, other: Correlations) -> Verdict:
     lead = _mean(classes, trainings)
     half = lead[1](LEVEL)
     interval = ConfidenceInterval(lead[0], lead[0] - half, lead[0] + half)
-    return tested(
+    return of_tests(
         _p_above(lead, 0.0),
         _p_above((-lead[0], lead[1]), 0.0),
         f"by {text_of(interval)} (of artanh) within {found.text()}",

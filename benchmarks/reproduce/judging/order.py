@@ -52,7 +52,7 @@ from benchmarks.reproduce.judging.verdicts import (
     NOT_TESTABLE,
     Verdict,
     combined,
-    tested,
+    of_tests,
     text_of,
     with_remark,
 )
@@ -127,7 +127,7 @@ def verdict_of(found: RankTest, what: str = "") -> Verdict:
         what: What it is of, for the text.
     """
     weak = f"; surely below {WEAK:g}, so weak at most" if found.high < WEAK else ""
-    return tested(found.p_rising, found.p_falling, f"{what}{found.text()}{weak}")
+    return of_tests(found.p_rising, found.p_falling, f"{what}{found.text()}{weak}")
 
 
 def too_few_sets(number: int) -> str:

@@ -158,7 +158,7 @@ def interval_text(values: np.ndarray, digits: int = 3) -> str:
     return f"{found.estimate:.{digits}f} ± {half:.{digits}f}"
 
 
-def tested(p_for: float, p_against: float, text: str) -> Verdict:
+def of_tests(p_for: float, p_against: float, text: str) -> Verdict:
     """Return the verdict of two one-sided tests.
 
     Args:
@@ -192,7 +192,7 @@ def combined(verdicts: dict[str, Verdict], reason: str = "") -> Verdict:
         one for one in leaves if one.verdict in (BORNE_OUT, NOT_BORNE_OUT, UNDECIDED)
     ]
     least = min((one.p_against for one in made), default=1.0)
-    if len(made) * least <= LEVEL:
+    if made and len(made) * least <= LEVEL:
         return Verdict(NOT_BORNE_OUT, reason, verdicts, least)
     if NOT_BORNE_OUT in kinds:
         one = (
