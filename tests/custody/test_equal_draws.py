@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_pi import AccountingError, PrivacyEngine
+from opacus_pi import AccountingError
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
+from tests.private_training import Training, data
 
 AGAIN = "examples of an update are those of an earlier one"
 
@@ -69,29 +69,15 @@ def test_unknown_and_empty_draws_say_nothing():
 
 
 def test_a_generator_of_the_loader_that_is_seeded_in_every_epoch():
-    torch.manual_seed(0)
-    data_set = [(torch.randn(3), i % 2) for i in range(64)]
-    generator, net, engine = torch.Generator(), nn.Linear(3, 2), PrivacyEngine()
-    model, optimizer, loader = engine.make_private(
-        module=net,
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        data_loader=DataLoader(data_set, batch_size=8, generator=generator),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )
-
-    def epoch():
-        for x, y in loader:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-
+    generator = torch.Generator()
+    loader = DataLoader(data(), batch_size=6, generator=generator)
+    training = Training(loader=loader)
     for seed in range(3):
         generator.manual_seed(seed)
-        epoch()
-    assert engine.ledger.num_examples == 64
+        training.train(1)
+    assert training.engine.ledger.num_examples == 24
     generator.manual_seed(1)
     with pytest.warns(UserWarning, match=AGAIN):
-        epoch()
+        training.train(1)
     with pytest.raises(AccountingError, match=AGAIN):
-        engine.ledger.num_examples  # noqa: B018
+        training.engine.ledger.num_examples  # noqa: B018
