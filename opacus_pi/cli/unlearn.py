@@ -27,10 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import Subset
 
 from opacus_pi._validate import distinct_indices
 from opacus_pi.accounting.conversion import large_delta
-from opacus_pi.cli.errors import BadInput, about
+from opacus_pi.cli.errors import BadInput, about, one_line
 from opacus_pi.cli.inputs import (
     import_criterion,
     import_data_set,
@@ -43,7 +45,9 @@ from opacus_pi.cli.output import answer, table
 from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.cli.run_files import new_directory, save_run
 from opacus_pi.cli.sets import make_sets, require_unseen
+from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.ledger.fingerprint import fingerprint
+from opacus_pi.models.predictions import predict
 from opacus_pi.unlearning import Unlearner, UnlearningResult
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
 
@@ -76,8 +80,11 @@ def run(options: argparse.Namespace) -> int:
         _require_loggable(options.forget_person, options.request_id)
         distinct_indices("indices", forget, len(train_set))
     criterion = import_criterion(options)
+    model = load_model(options, options.weights)
+    if test_set is not None:
+        _require_evaluable(model, test_set, criterion)
     unlearner = Unlearner(
-        load_model(options, options.weights),
+        model,
         criterion=criterion,
         method=method,
         optimizer=make_optimizer,
@@ -284,6 +291,27 @@ def _test_set(options: argparse.Namespace, train_set: Any) -> Any:
     test_set = import_data_set("--test", options.test_set)
     require_unseen(train_set, test_set)
     return test_set
+
+
+def _require_evaluable(model: nn.Module, test_set: Any, criterion: Any) -> None:
+    """Evaluate the model on two test examples before a request is entered.
+
+    Args:
+        model: The trained model.
+        test_set: The test set.
+        criterion: The criterion.
+
+    Raises:
+        BadInput: If the test set is no data set of inputs and labels for this model.
+    """
+    few = Subset(test_set, range(min(2, len(test_set))))
+    try:
+        predict(model, few, criterion)
+    except (*MODEL_ERRORS, ValueError) as error:
+        raise BadInput(
+            f"--test: the model cannot be evaluated on it: {one_line(error)}. Name a "
+            "data set like that of --data."
+        ) from error
 
 
 def _optimizer(options: argparse.Namespace) -> Any:

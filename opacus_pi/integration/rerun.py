@@ -27,7 +27,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from opacus_pi._validate import expect, require
 from opacus_pi.integration.held_weights import held_by
 from opacus_pi.ledger.participation_record import ParticipationRecord
-from opacus_pi.models.batches import inputs_and_targets, size_of, to_device
+from opacus_pi.models.batches import forward, inputs_and_targets, size_of, to_device
 
 __all__ = ["Rerun", "require_repeatable"]
 
@@ -257,7 +257,7 @@ class Rerun:
     def _loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Return the loss of a batch, reduced as the run reduced it."""
         x, y = inputs_and_targets(batch)
-        losses = self.criterion(model(x), y)
+        losses = self.criterion(forward(model, x), y)
         is_sum = self.state["settings"].get("loss_reduction") == "sum"
         return losses.sum() if is_sum else losses.mean()
 

@@ -36,6 +36,7 @@ from opacus_pi.ledger.stored_arrays import (
     spread,
     strided,
 )
+from opacus_pi.ledger.tables import table_of
 
 __all__ = ["held_parts", "is_subset"]
 
@@ -69,6 +70,10 @@ def held_parts(data_set: Any, places: Places, *, labelled: bool) -> dict[str, st
     found: dict[str, list[str]] = {}
     complete = {"e": True, "f": True, "w": True, "a": True}
     for depth, (holder, at) in enumerate(_holders(data_set, places, _MAX_DEPTH)):
+        table = table_of(holder)
+        _add(found, "e", *table.inputs(at))
+        _add(found, "y", *table.labels(at))
+        complete["e"] &= table.is_whole(at)
         read = {id(inner) for inner in _wrapped(holder)}
         if labelled and not depth:
             read |= {id(getattr(holder, name, None)) for name in _LABELS} - {id(None)}
@@ -295,7 +300,7 @@ def _numbers(name: str, column: Any, places: Places) -> NDArray[Any] | None:
 
     Args:
         name: The attribute; it ends with ``[]`` inside of a list or a dict.
-        column: An array, or a list of arrays or of tuples with them.
+        column: An array, or a list of arrays or of tuples or dicts with them.
         places: The positions that count.
     """
     chosen = evenly_spaced(places, _MAX_ROWS)
@@ -353,14 +358,14 @@ def _numbers_of_items(
     """Return a hash of each item as a number, or None if items are no arrays.
 
     Args:
-        items: One item for each example: an array, or a tuple with arrays.
+        items: One item for each example: an array, or a tuple or a dict with arrays.
         chosen: The positions to read.
     """
     most = max(1, MAX_NUMBERS // len(chosen))
     hashes = np.empty(len(chosen))
     for i, place in enumerate(chosen.tolist()):
         item = items[place]
-        parts = item if isinstance(item, list | tuple) else [item]
+        parts = _parts_of(item)
         if not any(strided(part) for part in parts):
             return None
         found = []
@@ -374,6 +379,13 @@ def _numbers_of_items(
                 found.append(np.array([part], dtype=np.float64))
         hashes[i] = int(hash_arrays(*found)[:12], 16)  # below 2^53: exact
     return hashes
+
+
+def _parts_of(item: Any) -> Sequence[Any]:
+    """Return the entries of a tuple, or of a dict in the order of their names."""
+    if isinstance(item, dict):
+        return [entry for _, entry in sorted(item.items(), key=str)]
+    return item if isinstance(item, list | tuple) else [item]
 
 
 def _transforms(holder: Any) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi._torch_compat import pytree
 
@@ -52,6 +52,21 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
         f'A batch must be a pair (x, y) or a dict with "{_TARGETS}", got a '
         f"{type(batch).__name__}. Pass a collate_fn that returns (inputs, targets)."
     )
+
+
+def batches_of(data: Any, batch_size: int) -> Any:
+    """Return an iterable of batches.
+
+    Args:
+        data: A data set, of torch or of another package such as ``datasets``, or what
+            is an iterable of batches already: a loader, a list or a tuple of batches.
+        batch_size: Batch size for a data set.
+    """
+    kind = type(data)
+    is_indexed = hasattr(kind, "__getitem__") and hasattr(kind, "__len__")
+    if isinstance(data, Dataset) or (is_indexed and not isinstance(data, list | tuple)):
+        return DataLoader(data, batch_size)
+    return data
 
 
 def size_of(data_set: Dataset[Any]) -> int:

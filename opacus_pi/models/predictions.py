@@ -22,10 +22,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from opacus_pi._validate import expect
-from opacus_pi.models.batches import device_of, forward, inputs_and_targets, to_device
+from opacus_pi.models.batches import (
+    batches_of,
+    device_of,
+    forward,
+    inputs_and_targets,
+    to_device,
+)
 from opacus_pi.models.losses import float64_losses
 from opacus_pi.models.no_trace import evaluating
 from opacus_pi.models.own_losses import Criterion
@@ -81,7 +87,7 @@ def predict(
             or the outputs are not one row of class scores per example.
     """
     losses_of = float64_losses(criterion)
-    loader = DataLoader(data, batch_size) if isinstance(data, Dataset) else data
+    loader = batches_of(data, batch_size)
     device = device_of(model)
     with evaluating(model):
         batches = [

@@ -35,12 +35,12 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.models.batches import (
+    batches_of,
     device_of,
     forward,
     inputs_and_targets,
@@ -364,7 +364,7 @@ def _read(data: Data, device: torch.device) -> Batches:
     Raises:
         ValueError: If there is no batch.
     """
-    loader = DataLoader(data, 256) if isinstance(data, Dataset) else data
+    loader = batches_of(data, 256)
     with random_state_untouched():
         batches = [to_device(inputs_and_targets(batch), device) for batch in loader]
     expect(

@@ -290,8 +290,9 @@ class DeletionRequests:
                 out by ``Unlearner.rewind``, not by its unlearning method.
             deletion_policy: The policy of the training, for filtered rewinds; None:
                 exact ones.
-            **options: ``num_epochs``, ``evaluate``, ``batch_size``, ``stop`` of
-                ``unlearn``; or ``update``, ``collate_fn``, ``evaluate`` of ``rewind``.
+            **options: ``num_epochs``, ``evaluate``, ``batch_size``, ``stop``,
+                ``collate_fn`` of ``unlearn``; or ``update``, ``collate_fn``,
+                ``evaluate`` of ``rewind``.
 
         Returns:
             The result of each run, an empty list if nothing was pending. The names of

@@ -220,7 +220,7 @@ class Unlearner:
         task = self._task(retain_loader, forget_loader)
         return updates(self.method, task, num_steps, self._optimizer, self._scheduler)
 
-    def unlearn(
+    def unlearn(  # noqa: PLR0913
         self,
         train_set: Dataset[Any],
         forget_indices: ArrayLike,
@@ -233,6 +233,7 @@ class Unlearner:
         callbacks: Sequence[Callback] = (),
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> UnlearningResult:
         """Forget a set: fine-tune on the rest of the training set by the method.
 
@@ -260,6 +261,8 @@ class Unlearner:
                 at the end. If it exists, the run continues from it, with the random
                 states that it has, and ends as an unbroken run would have ended.
             progress: Whether to show a progress bar. Default: in a terminal only.
+            collate_fn: Makes a batch of a list of items, such as the one that pads
+                texts of different lengths. Default: torch's.
 
         Returns:
             Model, trace, guarantee and record.
@@ -275,12 +278,10 @@ class Unlearner:
         _check_run(num_epochs, evaluate, stop)
         forget, gone, retain = self._split(train_set, forget_indices)
         num_fresh = len(gone) - len(self.forgotten)
-        for text, is_true in (
-            (_NO_UPDATE, not num_epochs),
-            (_NOTHING_NEW, not num_fresh),
-        ):
-            if is_true:
-                warnings.warn(text, stacklevel=2)
+        if not num_epochs:
+            warnings.warn(_NO_UPDATE, stacklevel=2)
+        if not num_fresh:
+            warnings.warn(_NOTHING_NEW, stacklevel=2)
         record = {
             **self._settings(),
             "data_set": fingerprint(train_set),
@@ -302,7 +303,7 @@ class Unlearner:
             self.history = history.begun(start, num_fresh, updates=num_epochs > 0)
             self.forgotten, self._data_set = gone, record["data_set"]
             self.model = copy.deepcopy(self.model)
-            loaders = self._loaders(train_set, retain, gone, batch_size)
+            loaders = self._loaders(train_set, retain, gone, batch_size, collate_fn)
             costs = self._fit(loaders, num_epochs, watch)
         self.history = self.history.ended(weights_name(self.model))
         record |= {**costs, **self._origin(self.history.left)}
@@ -674,6 +675,7 @@ class Unlearner:
         retain: NDArray[np.int64],
         forget: NDArray[np.int64],
         batch_size: int,
+        collate_fn: Callable[[list[Any]], Any] | None,
     ) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
         """Shuffled loaders of both sets, in an order that no method changes.
 
@@ -686,6 +688,7 @@ class Unlearner:
             forget: Positions of all examples to forget, those of earlier calls
                 included: a method that uses the forget set must not let them come back.
             batch_size: Examples per batch.
+            collate_fn: As for ``unlearn``.
 
         Returns:
             The loader of the retain set, and that of the forget set or None.
@@ -696,7 +699,13 @@ class Unlearner:
         def loader(indices: NDArray[np.int64], seed: int) -> DataLoader[Any]:
             order = torch.Generator().manual_seed(seed)
             subset = Subset(train_set, indices.tolist())
-            return DataLoader(subset, batch_size, shuffle=True, generator=order)
+            return DataLoader(
+                subset,
+                batch_size,
+                shuffle=True,
+                generator=order,
+                collate_fn=collate_fn,
+            )
 
         wanted = self.method.needs_forget_set
         return loader(retain, seed), loader(forget, seed + 1) if wanted else None

@@ -2,6 +2,7 @@
 
 import json
 import stat
+import sys
 from functools import partial
 
 import pytest
@@ -205,3 +206,20 @@ def test_a_log_of_another_model_gets_no_request(run, tmp_path):
     code, _, err = run(*words, *other)
     assert code == 2 and "the log is of another model" in err
     assert (tmp_path / "log.db").read_bytes() == before
+
+
+def test_a_test_set_that_does_not_fit_the_model_gets_no_request(run, tmp_path):
+    (tmp_path / "wrong_set.py").write_text(
+        "import torch\nfrom torch.utils.data import TensorDataset\n"
+        "wrong = TensorDataset(torch.rand(50, 9), torch.arange(50) % 10)\n",
+        encoding="utf-8",
+    )
+    log = ("--log", tmp_path / "log.db", "--epochs", 1, "--out", tmp_path / "a")
+    words = ("unlearn", *MODEL, *DATA[:2], *log, "--forget", "3")
+    sys.path.append(str(tmp_path))
+    try:
+        code, _, err = run(*words, "--test", "wrong_set:wrong")
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert code == 2 and "--test" in err and "shapes" in err
+    assert not (tmp_path / "log.db").exists()

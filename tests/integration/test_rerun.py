@@ -14,12 +14,11 @@ def rerun(saved, start, forget=(), **options):
     return Rerun(
         model=net(),
         criterion=per_example_criterion(CRITERION),
-        train_set=saved.data,
         record=saved.states.record,
         state=saved.states.load(start),
         forget=np.array(forget, dtype=np.int64),
         generator=torch.Generator().manual_seed(7),
-        **options,
+        **{"train_set": saved.data, **options},
     )
 
 
@@ -33,6 +32,13 @@ def test_without_noise_the_same_batches_give_the_same_model(start, tmp_path):
     """Plain training on the recorded batches is repeated, momentum and schedule too."""
     saved = Saved(tmp_path / "s", private=False, noise=0.0, poisson=False, every=7)
     again = finished(rerun(saved, start))
+    torch.testing.assert_close(weights(again), weights(saved.net), rtol=0, atol=1e-6)
+
+
+def test_items_may_be_dicts_as_in_hugging_face(tmp_path):
+    saved = Saved(tmp_path / "s", private=False, noise=0.0, poisson=False, every=7)
+    dicts = [{"input": x, "labels": y} for x, y in saved.data]
+    again = finished(rerun(saved, 7, train_set=dicts))
     torch.testing.assert_close(weights(again), weights(saved.net), rtol=0, atol=1e-6)
 
 

@@ -168,3 +168,15 @@ def test_summary_of_a_model_that_memorised():
     assert got["test_accuracy"] == 0
     assert got["membership_inference"] == 0
     assert got["attacker_accuracy"] == 1
+
+
+def test_data_sets_of_other_packages_are_read_as_data_sets():
+    datasets = pytest.importorskip("datasets")
+    x, y = torch.randn(9, 2), torch.arange(9) % 3
+    columns = {"input": x.tolist(), "labels": y.tolist()}
+    rows = datasets.Dataset.from_dict(columns).with_format("torch")
+    torch.manual_seed(0)
+    model = nn.Linear(2, 3)
+    found = predict(model, rows, nn.CrossEntropyLoss())
+    expected = predict(model, TensorDataset(x, y), nn.CrossEntropyLoss())
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-6)

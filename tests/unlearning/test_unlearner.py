@@ -283,3 +283,34 @@ def test_an_evaluation_is_a_function(evaluate):
     with pytest.raises(ValueError, match="^evaluate must be a function of the model"):
         mine.unlearn(data(), [1], 1, evaluate=evaluate)
     assert mine.forgotten.size == 0
+
+
+def test_texts_of_different_lengths_are_collated_by_the_users_function():
+    generator = torch.Generator().manual_seed(0)
+    texts = [
+        (torch.randint(1, 9, (2 + i % 4,), generator=generator), i % 2)
+        for i in range(12)
+    ]
+
+    def padded(items):
+        rows = [text for text, _ in items]
+        x = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return x, torch.tensor([label for _, label in items])
+
+    torch.manual_seed(0)
+    words = nn.EmbeddingBag(9, 4, mode="sum", padding_idx=0)
+    model = nn.Sequential(words, nn.Linear(4, 2))
+
+    def unlearned(data_set, **options):
+        seeded = torch.Generator().manual_seed(1)
+        mine = Unlearner(model, criterion=CRITERION, generator=seeded)
+        return mine.unlearn(data_set, [3], num_epochs=1, batch_size=4, **options)
+
+    with pytest.raises(RuntimeError, match="stack expects each tensor"):
+        unlearned(texts)
+    found = unlearned(texts, collate_fn=padded)
+    x, y = padded(texts)  # one length for all, so that torch can collate them
+    expected = unlearned(TensorDataset(x, y))
+    pairs = zip(found.model.parameters(), expected.model.parameters(), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other)

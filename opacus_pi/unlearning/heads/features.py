@@ -16,11 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, numbers, positive
-from opacus_pi.models.batches import device_of, forward, inputs_and_targets, to_device
+from opacus_pi.models.batches import (
+    batches_of,
+    device_of,
+    forward,
+    inputs_and_targets,
+    to_device,
+)
 from opacus_pi.models.no_trace import evaluating
 from opacus_pi.models.predictions import Data
 
@@ -52,7 +57,7 @@ def extract_features(
         ValueError: If there is no example, or an output is not a tensor with one row
             for each label.
     """
-    loader = DataLoader(data, batch_size) if isinstance(data, Dataset) else data
+    loader = batches_of(data, batch_size)
     device, features, labels = device_of(model), [], []
     with evaluating(model):
         for batch in loader:
