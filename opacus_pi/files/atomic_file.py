@@ -135,8 +135,8 @@ def _not_written(fault: OSError, path: Path) -> OSError:
     remedy = _REMEDIES.get(fault.errno or 0, "Choose another place, and write it again")
     return OSError(
         fault.errno,
-        f"{fault.strerror}: the file was not written{is_kept and ', and '}{is_kept}. "
-        f"{remedy}",
+        f"{fault.strerror or fault}: the file was not written"
+        f"{is_kept and ', and '}{is_kept}. {remedy}",
         os.fspath(path),
     )
 

@@ -26,11 +26,10 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from opacus_pi.custody import Chain
 from opacus_pi.models.accelerators import random_state_of
 from opacus_pi.recording import Recorder
 
-__all__ = ["missing_noise", "tell_of_repeated_noise"]
+__all__ = ["is_drawn_again", "missing_noise", "repeated_noise"]
 
 _CHANCE = 1e-12
 _ROUNDINGS = 100  # of the largest entry of a sum
@@ -50,23 +49,27 @@ _REPEATED = (
 )
 
 
-def tell_of_repeated_noise(
-    recorder: Recorder,
-    chain: Chain,
-    generator: torch.Generator | None,
-    device: torch.device,
-) -> None:
-    """Break the link "noise" if the noise to be drawn was drawn before in this run.
+def is_drawn_again(
+    recorder: Recorder, generator: torch.Generator | None, device: torch.device
+) -> bool:
+    """Return whether the noise that is about to be drawn was drawn in this run before.
 
     Args:
-        recorder: Knows the states of earlier updates.
-        chain: The chain of custody of the run.
+        recorder: Knows the states of earlier updates, and keeps this one.
         generator: Draws the noise; None: torch's global one.
         device: Of the noise.
     """
     state = random_state_of(device) if generator is None else generator.get_state()
-    if state is not None and not recorder.is_new_state(state):
-        chain.break_link("noise", _REPEATED.format(step=recorder.num_steps + 1))
+    return state is not None and not recorder.is_new_state(state)
+
+
+def repeated_noise(recorder: Recorder) -> str:
+    """Return the reason for refusing an update whose noise was drawn again.
+
+    Args:
+        recorder: Has counted the updates before it.
+    """
+    return _REPEATED.format(step=recorder.num_steps + 1)
 
 
 def missing_noise(

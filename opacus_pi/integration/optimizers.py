@@ -36,7 +36,7 @@ from opacus_pi._class_swap import swap_class
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.derived import own_scaling, shadowed_method
-from opacus_pi.integration.drawn_noise import missing_noise
+from opacus_pi.integration.drawn_noise import missing_noise, repeated_noise
 from opacus_pi.integration.explanations import (
     explain_numbers_of_gradients,
     explain_unfinished,
@@ -184,10 +184,10 @@ class _ReportingOptimizer(DPOptimizer):
         if self._pi_update.gate is not None:
             self._pi_update.gate.close(noise_std_of(self))
         self._pi_written.require_unchanged_sums()
-        self._pi_update.noise_is_due(self)
+        is_drawn_again = self._pi_update.is_drawn_again(self)
         super().add_noise()
         self._pi_require_opacus()
-        self._pi_require_noise()
+        self._pi_require_noise(is_drawn_again)
         self._pi_update.noise_was_drawn(self)
         if self._pi_has_own_scaling or "scale_grad" in vars(self):
             self._pi_note_gradients()
@@ -202,16 +202,22 @@ class _ReportingOptimizer(DPOptimizer):
             chain.break_link(*self._pi_methods.reason(self))
         return shadowed is None and not is_replaced
 
-    def _pi_require_noise(self) -> None:
-        """Break the link "noise" if less noise was added than is recorded."""
+    def _pi_require_noise(self, is_drawn_again: bool) -> None:
+        """Break the link "noise" if less was added than is recorded, or the same again.
+
+        A generator whose state does not change may also be one that nothing draws from.
+        """
+        reason = None
         self._pi_num_draws += 1
         is_distributed = self._pi_update.outside is None
         is_known = not (is_distributed or isinstance(self, AdaClipDPOptimizer))
-        if is_known and is_looked_at(self._pi_num_draws):
+        if is_known and (is_drawn_again or is_looked_at(self._pi_num_draws)):
             pairs = ((p.summed_grad, p.grad) for p in self.params)
             reason = missing_noise(pairs, noise_std_of(self))
-            if reason is not None:
-                self._pi_update.chain.break_link("noise", reason)
+        if reason is None and is_drawn_again:
+            reason = repeated_noise(self._pi_update.recorder)
+        if reason is not None:
+            self._pi_update.chain.break_link("noise", reason)
 
     def scale_grad(self) -> None:
         """Scale the noised gradients as Opacus does, and note them.

@@ -32,7 +32,7 @@ from opacus_pi.integration.checks import (
     batch_norms,
     batch_statistics,
 )
-from opacus_pi.integration.drawn_noise import tell_of_repeated_noise
+from opacus_pi.integration.drawn_noise import is_drawn_again
 from opacus_pi.integration.earlier_updates import say_earlier_updates
 from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.loop_loss import LoopLoss
@@ -203,19 +203,18 @@ class UpdateUnderWay:
         if len(indices) and not self.is_superseded:
             self.recorder.report(indices, norms)
 
-    def noise_is_due(self, optimizer: DPOptimizer) -> None:
-        """Break the link "noise" if noise is about to be drawn a second time.
+    def is_drawn_again(self, optimizer: DPOptimizer) -> bool:
+        """Return whether noise is about to be drawn that was drawn before.
 
         Args:
             optimizer: The optimizer that is about to add noise.
         """
         draws = noise_std_of(optimizer) > 0 and not optimizer.secure_mode
-        # in a distributed run only the first process draws
-        if draws and not self.is_superseded and not getattr(optimizer, "rank", 0):
-            devices = (p.device for p in optimizer.params)
-            tell_of_repeated_noise(
-                self.recorder, self.chain, optimizer.generator, next(devices)
-            )
+        rank = int(getattr(optimizer, "rank", 0))  # only the first process draws
+        if not draws or self.is_superseded or rank:
+            return False
+        device = next(p.device for p in optimizer.params)
+        return is_drawn_again(self.recorder, optimizer.generator, device)
 
     def noise_was_drawn(self, optimizer: DPOptimizer) -> None:
         """Note noise and clip norm now: schedulers may change them before the end.

@@ -28,6 +28,7 @@ class Settings:
 
     noise_multiplier, max_grad_norm, accumulated_iterations = 2.0, 1.0, 1
     generator, secure_mode = None, False
+    original_optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
 
 
 def update():

@@ -273,6 +273,7 @@ def test_a_foreign_file_is_refused(saved):
     saved.write_bytes(b"hello, this is no ledger at all")
     with pytest.raises(ValueError, match="truncated, or another kind of file"):
         GradNormLedger.load(saved)
+    saved.unlink()  # a text is not replaced by arrays
     write_arrays(saved, FileKind("another.Kind", "another kind"), {"x": np.ones(3)}, {})
     with pytest.raises(
         ValueError, match=r"must contain a ledger of gradient norms, got another.Kind"

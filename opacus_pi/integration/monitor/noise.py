@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from opacus_pi._validate import expect
 from opacus_pi.attribution import LEFT_OUT, UNATTRIBUTED, Tracker
 from opacus_pi.custody import Chain
-from opacus_pi.integration.drawn_noise import tell_of_repeated_noise
+from opacus_pi.integration.drawn_noise import is_drawn_again, repeated_noise
 from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.monitor.gradient_scale import GradientScale
 from opacus_pi.recording import Recorder
@@ -95,10 +95,10 @@ class NoiseHook:
             reason = _NO_GRADIENTS if not gradients else _UNKNOWN_BATCH_SIZE
             step = self.recorder.num_steps + 1
             self.chain.break_link("noise", reason.format(step=step))
-        if gradients:
-            tell_of_repeated_noise(
-                self.recorder, self.chain, self.generator, gradients[0].device
-            )
+        if gradients and is_drawn_again(
+            self.recorder, self.generator, gradients[0].device
+        ):
+            self.chain.break_link("noise", repeated_noise(self.recorder))
         for gradient in gradients:
             if batch_size == 0:
                 gradient.zero_()  # the mean over no samples is NaN
