@@ -37,9 +37,8 @@ __all__ = ["are_own"]
 Numbers = NDArray[np.float32]
 
 _NUM_PADDINGS = 4  # values that are tried as padding of a tensor
-_LARGEST_SHIFT = (
-    2.0  # of counts that are equal for all samples, such as a length less 1
-)
+# of counts that are equal for all samples, such as a length less 1
+_LARGEST_SHIFT = 2.0
 _EXACT = 2.0**24  # whole numbers up to here are exact in float32
 
 
