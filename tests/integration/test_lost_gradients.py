@@ -286,13 +286,10 @@ def test_penalty_in_the_loss_is_said(mode):
     assert "'f.weight' is not the sum of the per-example gradients" in link.sentence
 
 
-@pytest.mark.parametrize("mode", MODES[:2])
-@pytest.mark.parametrize("cleared", ["zeros", "set_to_none", "clipped"])
-def test_gradients_that_the_loop_clears_or_clips_are_not_lost(mode, cleared):
-    torch.manual_seed(0)
-    model = Net(usual)
+def prepared_in_pairs(model, mode):
+    """Prepare a run in batches of two; return engine, model, optimizer and loader."""
     engine = PrivacyEngine()
-    wrapped, optimizer, loader = engine.make_private(
+    return engine, *engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         data_loader=DataLoader(TensorDataset(INPUTS, LABELS), batch_size=2),
@@ -301,6 +298,14 @@ def test_gradients_that_the_loop_clears_or_clips_are_not_lost(mode, cleared):
         poisson_sampling=False,
         grad_sample_mode=mode,
     )
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("cleared", ["zeros", "set_to_none", "clipped"])
+def test_gradients_that_the_loop_clears_or_clips_are_not_lost(mode, cleared):
+    torch.manual_seed(0)
+    model = Net(usual)
+    engine, wrapped, optimizer, loader = prepared_in_pairs(model, mode)
     for inputs, labels in loader:
         outputs = wrapped(inputs)
         optimizer.zero_grad(set_to_none=cleared == "set_to_none")
@@ -316,16 +321,7 @@ def test_gradients_that_the_loop_clears_or_clips_are_not_lost(mode, cleared):
 def test_a_generator_is_trained_through_the_private_model(mode):
     torch.manual_seed(0)
     model, generator = Net(usual), nn.Linear(2, D)
-    engine = PrivacyEngine()
-    wrapped, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(INPUTS, LABELS), batch_size=2),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        poisson_sampling=False,
-        grad_sample_mode=mode,
-    )
+    engine, wrapped, optimizer, loader = prepared_in_pairs(model, mode)
     for inputs, labels in loader:
         optimizer.zero_grad()
         wrapped.disable_hooks()
