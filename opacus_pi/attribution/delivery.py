@@ -139,6 +139,7 @@ class Delivery:
         num_samples_used: How many samples entered updates, of all its forward passes.
         num_left: How many of its samples no update used, when it last entered one.
         batch: A copy of what the loop received, if the tracker keeps batches.
+        targets: Copies of the targets in it, if only these are kept.
         looked_at_by: What has looked at the labels of the batch at its delivery.
         is_described: Whether ``tensors`` are all that the batch has.
         place: Which batch with samples of this pass it is, from 1; 0: it has none, or
@@ -156,6 +157,7 @@ class Delivery:
     num_samples_used: int = 0
     num_left: int = 0
     batch: Any = None
+    targets: Any = None
     looked_at_by: Any = None
     is_described: bool = False
     place: int = 0

@@ -34,8 +34,9 @@ from opacus_pi.attribution.samples import (
 )
 from opacus_pi.attribution.tracker import Tracker
 from opacus_pi.custody import Chain
+from opacus_pi.models.batches import rows_of
 
-__all__ = ["TargetOrder", "positions_in_delivery"]
+__all__ = ["TargetOrder", "in_order_of_pass", "positions_in_delivery"]
 
 _NUM_ON_ACCELERATOR = 3  # batches
 _MAX_CODES = 4096  # values whose targets are remembered
@@ -240,6 +241,30 @@ def positions_in_delivery(forward: ForwardPass) -> Indices | None:
     for place, index in enumerate(delivery.indices):
         places[index] = -1 if index in places or index < 0 else place
     return np.array([places.get(i, -1) for i in forward.indices.tolist()], np.int64)
+
+
+def in_order_of_pass(
+    forward: ForwardPass, values: Any, dim: int = 0, *, as_delivered: bool = False
+) -> Any | None:
+    """Return the rows of a delivered value that belong to the samples of a pass.
+
+    Args:
+        forward: The pass.
+        values: Tensors of its delivery in any nesting, such as the targets.
+        dim: The dimension along which their examples are, as in ``rows_of``.
+        as_delivered: Whether to keep the rows in the order of the delivery.
+
+    Returns:
+        The rows in the order of the samples; None if it is not known which they are.
+    """
+    positions, delivery = positions_in_delivery(forward), forward.delivery
+    if positions is None or delivery is None or not len(positions):
+        return None
+    if positions.min() < 0:
+        return None
+    if as_delivered:
+        positions = np.sort(positions)
+    return rows_of(values, positions.tolist(), len(delivery.indices or ()), dim)
 
 
 def _by_sample(

@@ -72,8 +72,9 @@ def require_unseen(train_set: Any, test_set: Any) -> None:
     if test_set is train_set or _look_equal(train_set, test_set):
         raise BadInput(f"--test: this is the training set of --data, {_UNSEEN}")
     found = seen_in_training(train_set, test_set)
+    percent = float(f"{100 * found.share:.2g}")
     words = (
-        f"--test: about {100 * found.share:.2g} % of the test examples are training "
+        f"--test: about {percent:g} % of the test examples are training "
         f"examples of --data ({found.num_seen} of the {found.num_compared} that were "
         "compared equal one that was read)"
     )

@@ -47,6 +47,7 @@ from opacus_pi.integration.audited_update import (
     quiet_copy,
     recorded_norms,
     rounding_of,
+    times_as_large,
 )
 from opacus_pi.integration.failed_updates import failed_update
 from opacus_pi.integration.repeated_calls import changing_part
@@ -68,7 +69,6 @@ __all__ = [
     "audit_batch",
     "finding_of",
     "joined",
-    "times_as_large",
 ]
 
 _OTHER_NUMBER = (
@@ -272,18 +272,6 @@ def _difference(recorded: Tensor, expected: Tensor) -> str:
     if not bool((expected > 0).all()):
         return ", which is 0 for some of them"
     return f": they are {times_as_large(recorded, expected)}"
-
-
-def times_as_large(norms: Tensor, expected: Tensor) -> str:
-    """Say how many times as large as others norms are: the range over the examples.
-
-    Args:
-        norms: float64 ``(b,)``.
-        expected: The others, ``(b,)``; values below 1e-300 count as 1e-300.
-    """
-    ratios = norms / expected.clamp(min=1e-300)
-    low, high = (f"{float(one):.3g}" for one in (ratios.min(), ratios.max()))
-    return f"{low if low == high else f'{low} to {high}'} times as large"
 
 
 def _compare_loss(loss: TrainedLoss, outputs: Any, y: Any, run: AuditedRun) -> AuditRow:

@@ -45,6 +45,8 @@ __all__ = [
     "quiet_copy",
     "recorded_norms",
     "rounding_of",
+    "rows_by_example",
+    "times_as_large",
     "user_criterion",
 ]
 
@@ -293,6 +295,10 @@ class OutputGradients:
         if gradient is not None:
             self._found.setdefault(place, gradient.detach().clone())
 
+    def tensors(self) -> dict[int, Tensor]:
+        """Return the gradients by the position of their output, as far as they came."""
+        return self._found
+
     def by_example(self, size: int, dim: int) -> Tensor:
         """Return the gradients of all outputs, float64 ``(b, k)`` on the CPU.
 
@@ -300,13 +306,24 @@ class OutputGradients:
             size: The number of examples, b.
             dim: The dimension along which they are, as in ``rows_of``.
         """
-        parts = [torch.empty(size, 0, dtype=torch.float64)]
-        for _, gradient in sorted(self._found.items()):
-            along = [d for d in (dim, 0, 1) if gradient.shape[d : d + 1] == (size,)]
-            if along:
-                rows = gradient.movedim(along[0], 0).reshape(size, -1)
-                parts.append(rows.double().cpu())
-        return torch.cat(parts, dim=1)
+        gradients = [gradient for _, gradient in sorted(self._found.items())]
+        return rows_by_example([g.cpu().double() for g in gradients], size, dim)
+
+
+def rows_by_example(gradients: Sequence[Tensor], size: int, dim: int) -> Tensor:
+    """Return gradients of several outputs side by side, ``(b, k)``.
+
+    Args:
+        gradients: The gradients; those without a dimension of this size are left out.
+        size: The number of examples, b.
+        dim: The dimension along which they are, as in ``rows_of``.
+    """
+    parts = [torch.empty(size, 0, dtype=torch.float64)]
+    for gradient in gradients:
+        along = [d for d in (dim, 0, 1) if gradient.shape[d : d + 1] == (size,)]
+        if along:
+            parts.append(gradient.movedim(along[0], 0).reshape(size, -1))
+    return torch.cat(parts[1:] or parts, dim=1)
 
 
 def largest_gap(one: Tensor, other: Tensor) -> float:
@@ -318,6 +335,18 @@ def largest_gap(one: Tensor, other: Tensor) -> float:
         return float("inf")
     scale = float(torch.maximum(one, other).max())
     return float((one - other).abs().max()) / max(scale, 1e-300)
+
+
+def times_as_large(norms: Tensor, expected: Tensor) -> str:
+    """Say how many times as large as others norms are: the range over the examples.
+
+    Args:
+        norms: float64 ``(b,)``.
+        expected: The others, ``(b,)``; values below 1e-300 count as 1e-300.
+    """
+    ratios = norms / expected.clamp(min=1e-300)
+    low, high = (f"{float(one):.3g}" for one in (ratios.min(), ratios.max()))
+    return f"{low if low == high else f'{low} to {high}'} times as large"
 
 
 def rounding_of(model: nn.Module) -> float:

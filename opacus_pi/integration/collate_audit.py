@@ -35,13 +35,7 @@ from opacus_pi.attribution.samples import tensors_in
 from opacus_pi.custody import Chain
 from opacus_pi.custody.function_copies import copy_of_function
 from opacus_pi.gradients.fallback import MODEL_ERRORS
-from opacus_pi.integration.audit import (
-    Audit,
-    AuditRow,
-    audit_batch,
-    finding_of,
-    times_as_large,
-)
+from opacus_pi.integration.audit import Audit, AuditRow, audit_batch, finding_of
 from opacus_pi.integration.audited_run import AuditedRun, Examples
 from opacus_pi.integration.audited_update import (
     TrainedLoss,
@@ -50,6 +44,7 @@ from opacus_pi.integration.audited_update import (
     norms_alone,
     quiet_copy,
     rounding_of,
+    times_as_large,
 )
 from opacus_pi.models.batches import (
     device_of,

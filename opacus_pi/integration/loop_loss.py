@@ -17,9 +17,10 @@ compared. If none of an update can be, the next 20 updates are tried.
 *Guarantee.* Nothing of the comparison remains in the training: the copy shares nothing
 with the model, a copy of the criterion is called, and random states are restored.
 
-*What breaks it.* A loop that computes another loss in a share s of the updates from 4
-to 9,999, and not in the first three, is missed with a probability of about (1 - s)^4.
-The same holds for a loss that differs on a share s of the batches only. Gradients that
+*What breaks it.* A criterion of the user is compared in these updates only. A loop that
+computes another loss than this in a share s of the updates from 4 to 9,999, and not in
+the first three, is missed with a probability of about (1 - s)^4. The link says that it
+is assumed not to. For losses of torch, see ``glances``. Gradients that
 are changed between ``backward()`` and ``step()``, so that their norms stay the same,
 are not noticed. In mixed precision, neither are differences within its rounding.
 Samples whose order is not known, because they look alike, are left out.
@@ -31,7 +32,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -39,7 +39,7 @@ from torch.utils.hooks import RemovableHandle
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.delivery import Delivery, ForwardPass
 from opacus_pi.attribution.lookalikes import rows_of_all
-from opacus_pi.attribution.targets import positions_in_delivery
+from opacus_pi.attribution.targets import in_order_of_pass
 from opacus_pi.custody import Chain
 from opacus_pi.custody.checked_updates import checked_updates
 from opacus_pi.custody.repeated_loss import RepeatedLoss
@@ -52,11 +52,13 @@ from opacus_pi.integration.audited_update import (
     measuring,
     norms_of_update,
     rounding_of,
+    times_as_large,
     user_criterion,
 )
+from opacus_pi.integration.glances import Glance, Glances
 from opacus_pi.integration.held_weights import ids_held_by
 from opacus_pi.integration.ignored_labels import IgnoredLabels
-from opacus_pi.models.batches import floating, inputs_and_targets, rows_of, to_device
+from opacus_pi.models.batches import floating, inputs_and_targets, to_device
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.forward_call import ForwardCall
 from opacus_pi.models.known_losses import is_known_loss, label_mean_of
@@ -84,13 +86,17 @@ _NO_SAMPLES = (
 _SWEPT = "the recorded norms are measured by sweeps, and are not those of the updates."
 _SAME = (
     "engine.audit found the criterion to be right, and the training loop used it: the "
-    "norms of {count} compared update(s) were those of criterion(model(x), y)."
+    "norms of {count} compared update(s) were those of criterion(model(x), y).{also}"
+)
+_ALSO = (
+    " So were the gradients of the model's outputs in the first 64 updates, and in one "
+    "of eight later ones."
 )
 _AVERAGED = (
     "engine.audit found the criterion to be right, and the training loop used it: the "
     "norms of {count} compared update(s) were {ratio:.4g} times those of "
     "criterion(model(x), y), as if each loss were divided by the number of "
-    "accumulated batches."
+    "accumulated batches.{also}"
 )
 _OWN = (
     "engine.audit found the criterion to be right, and in the updates that were "
@@ -130,6 +136,10 @@ _OTHER_DIRECTION = (
     "In an update, the gradients of the model's outputs were not those of the audited "
     "criterion, although their norms were. " + _CONSEQUENCE
 )
+_OTHER_OUTPUTS = (
+    "In an update, the gradients of the loss with respect to the model's outputs were "
+    "not those of the audited criterion. " + _CONSEQUENCE
+)
 _BY_PASS = (
     "An update had several backward passes. Within each of them, all gradients were "
     "the same multiple of those of the audited criterion, but the multiples are "
@@ -139,8 +149,8 @@ _BY_PASS = (
     "Call backward() on criterion(model(x), y) of each part, without a weight."
 )
 _OTHER = (
-    "In an update, the norms by which gradients were clipped were {low:.3g} to "
-    "{high:.3g} times those of the audited criterion. " + _CONSEQUENCE
+    "In an update, the norms by which gradients were clipped were {times} as those of "
+    "the audited criterion. " + _CONSEQUENCE
 )
 _VARYING = (
     "All gradients of an update were {ratio:.4g} times those of the audited criterion, "
@@ -290,6 +300,16 @@ class LoopLoss:
         mean = label_mean_of(users) if is_known and not is_ghost else None
         self._labels = None if mean is None else IgnoredLabels(users, mean, chain)
         self._is_assumed = not is_ghost and not is_known
+        self._glances = None
+        if is_known and not is_ghost:
+            self._glances = Glances(
+                users,
+                chain,
+                batch_dim=run.batch_dim,
+                is_summed=run.loss_reduction == "sum",
+                tell_other=self._tell_other,
+                tell_factor=self._tell_factor,
+            )
         self._tracker, self._chain, self._new_engine = tracker, chain, new_engine
         self._num_steps, self.num_before = num_steps, num_before
         self._draws = random.Random(0)  # no secret: it only spreads the checks
@@ -317,12 +337,13 @@ class LoopLoss:
             _BeforeForward(self._forward_begins), prepend=True, with_kwargs=True
         )
         self._chain.await_check("loss", _AWAITED.format(cause=_NO_UPDATE))
-        self._tracker.looks_at_batch = None if self._labels is None else self._saw_batch
+        is_looking = self._labels is not None or self._glances is not None
+        self._tracker.looks_at_batch = self._saw_batch if is_looking else None
         self._arm()
 
     def end(self) -> None:
         """Compare no further update."""
-        self._due, self._labels = [], None
+        self._due, self._labels, self._glances = [], None, None
         self._tracker.looks_at_batch = None
         if self._handle is not None:
             self._handle.remove()
@@ -343,15 +364,24 @@ class LoopLoss:
         """Whether the update under way is to be compared."""
         return self._is_due or self._has_ignored
 
+    @property
+    def _is_glanced_at(self) -> bool:
+        """Whether only the outputs of the update under way are compared."""
+        glances = self._glances
+        return glances is not None and glances.is_due and not self._is_armed
+
     def _arm(self) -> None:
         """Have batches and passes kept if the update under way is to be compared."""
         # one update ahead: a loop may get its next batch before it steps
         is_near = bool(self._due) and self._num_updates + 2 >= self._due[0]
         self._tracker.keeps_batches = is_near
-        self._tracker.saw_pass = self._saw_pass if self._is_armed else None
+        is_watching = self._is_armed or self._is_glanced_at
+        self._tracker.saw_pass = self._saw_pass if is_watching else None
 
     def _saw_batch(self, delivery: Delivery, batch: Any) -> bool:
         """Return whether to keep a batch that is delivered, for its ignored labels."""
+        if self._glances is not None:
+            self._glances.saw_batch(delivery, batch)
         if self._labels is None or not self._labels.saw(delivery, batch):
             return False
         self._arm()
@@ -362,11 +392,13 @@ class LoopLoss:
     ) -> None:
         """Note the random state and the inputs of a pass in training mode."""
         self._begun = None
-        if self._is_armed and module.training and torch.is_grad_enabled():
-            if self._num_passes in self._chosen or self._has_ignored:
-                call = ForwardCall.now(module, args, kwargs)
-                self._begun = call.with_copied_inputs()
-            self._num_passes += 1
+        if not module.training or not torch.is_grad_enabled():
+            return
+        is_chosen = self._num_passes in self._chosen or self._has_ignored
+        if self._is_armed and is_chosen:
+            call = ForwardCall.now(module, args, kwargs)
+            self._begun = call.with_copied_inputs()
+        self._num_passes += 1
 
     def _saw_pass(self, forward: ForwardPass, outputs: Any) -> None:
         """Keep what a pass needs to be repeated, with the pass itself."""
@@ -374,15 +406,17 @@ class LoopLoss:
         if begun is not None:
             copies = [x.detach().clone() for x in floating(outputs).values()]
             forward.call = _Kept(begun, copies, OutputGradients(outputs))
+        elif self._is_glanced_at and self._num_passes - 1 in self._chosen:
+            forward.call = Glance.at(outputs)
 
     def update_was_made(self) -> None:
         """Record that an update is complete."""
-        if not self._due and not self._has_ignored:
+        if not self._due and not self._has_ignored and self._glances is None:
             return
         if not self._had_samples:
             self._chain.await_check("loss", _AWAITED.format(cause=_NO_SAMPLES))
+        self._choose_passes()
         if self._is_armed:
-            self._choose_passes()
             self.num_compared += self._has_compared
             self._num_attempts += self._is_due
             is_done = self._has_compared or self._num_attempts > _MAX_ATTEMPTS
@@ -392,7 +426,9 @@ class LoopLoss:
         self._num_updates += 1
         if self._labels is not None:
             self._labels.update_was_made()
-        elif not self._due:
+        if self._glances is not None:
+            self._glances.update_was_made()
+        if not self._due and self._labels is None and self._glances is None:
             self.end()
         self._arm()
 
@@ -415,6 +451,8 @@ class LoopLoss:
         labels = self._labels
         if labels is not None and len(norms) > 1:
             labels.entered(passes)
+        if self._is_glanced_at and self._glances is not None:
+            self._glances.compare(passes)
         if not self._is_armed or len(norms) < 2:
             return
         self._had_samples = True
@@ -506,19 +544,18 @@ class LoopLoss:
         Raises:
             _NotCompared: If they are not known.
         """
-        positions, delivery = positions_in_delivery(forward), forward.delivery
-        if positions is None or delivery is None or delivery.batch is None:
-            raise _NotCompared(_NOT_SEEN)
-        if not len(positions) or positions.min() < 0:
+        delivery = forward.delivery
+        if delivery is None or delivery.batch is None:
             raise _NotCompared(_NOT_SEEN)
         try:
             _, targets = inputs_and_targets(delivery.batch)
         except ValueError:
             raise _NotCompared(_NO_TARGETS) from None
-        if moved:
-            positions = np.sort(positions)
-        size = len(delivery.indices or ())
-        return rows_of(targets, positions.tolist(), size, self._run.batch_dim)
+        dim = self._run.batch_dim
+        rows = in_order_of_pass(forward, targets, dim, as_delivered=moved)
+        if rows is None:
+            raise _NotCompared(_NOT_SEEN)
+        return rows
 
     def _copy(self) -> nn.Module:
         """Return a copy of the model that trains what the run trains."""
@@ -554,11 +591,43 @@ class LoopLoss:
                 return
             for sign in sorted(signs) or [1]:
                 self._accept(sign * ratio, num_passes)
+            self._note_factors(pairs, num_passes)
             coupled = [wanted.coupling for _, wanted in pairs if wanted.coupling]
             if coupled and (self._are_averages[-1] or abs(ratio - 1) < _ALIKE):
                 self._chain.break_link("loss", coupled[0])
         else:
             self._refuse_or_doubt(self._reason(norms, expected, pairs), passes)
+
+    def _note_factors(
+        self, pairs: Sequence[tuple[_Measured, _Measured]], num_passes: int
+    ) -> None:
+        """Have later gradients of outputs compared with the factors of these.
+
+        Args:
+            pairs: As for ``_judge``.
+            num_passes: As for ``_judge``.
+        """
+        for made, wanted in pairs:
+            sign = _sign(made, wanted, _ALIKE)
+            is_mixed = made.forward.call.call.mixed_type is not None
+            if self._glances is not None and sign and not is_mixed:
+                factor = sign * float(made.gradients.norm() / wanted.gradients.norm())
+                self._glances.saw_factor(factor, num_passes)
+
+    def _tell_other(self, num_left_out: int, size: int) -> None:
+        """Break the link: the outputs of an update had other gradients.
+
+        Args:
+            num_left_out: How many examples had no gradient.
+            size: The number of examples that were compared.
+        """
+        reason = _LEFT_OUT if num_left_out else _OTHER_OUTPUTS
+        text = reason.format(count=num_left_out, size=size, remedy=_REMEDY)
+        self._chain.break_link("loss", text)
+
+    def _tell_factor(self, factor: float, before: float) -> None:
+        """Break the link: the gradients of the outputs had another factor before."""
+        self._chain.break_link("loss", _VARYING.format(ratio=factor, before=before))
 
     def _refuse_or_doubt(self, reason: str, passes: Sequence[ForwardPass]) -> None:
         """Break the link, if the examples of all samples are known."""
@@ -576,15 +645,15 @@ class LoopLoss:
         """
         self._are_averages.append(abs(ratio * num_passes - 1) < _ALIKE)
         self._ratios.append(ratio)
-        count = self.num_compared + 1
+        count, also = self.num_compared + 1, _ALSO if self._glances else ""
         others = [r for r in self._ratios if abs(r - ratio) > _ALIKE * abs(ratio)]
         if others and not all(self._are_averages):
             text = _VARYING.format(ratio=ratio, before=others[-1])
             self._chain.break_link("loss", text)
         elif abs(ratio - 1) < _ALIKE and not others:
-            self._check(_SAME.format(count=count))
+            self._check(_SAME.format(count=count, also=also))
         elif any(self._are_averages):
-            self._check(_AVERAGED.format(count=count, ratio=ratio))
+            self._check(_AVERAGED.format(count=count, ratio=ratio, also=also))
         else:
             self._chain.leave_unchecked("loss", _SCALED.format(ratio=ratio))
 
@@ -616,11 +685,12 @@ class LoopLoss:
         if is_left_out.any():
             count = int(is_left_out.sum())
             return _LEFT_OUT.format(count=count, size=len(norms), remedy=_REMEDY)
-        ratios = norms / expected.clamp(min=1e-300)
-        low, high = float(ratios.min()), float(ratios.max())
         if self._is_scaled_by_pass(pairs):
+            ratios = norms / expected.clamp(min=1e-300)
+            low, high = float(ratios.min()), float(ratios.max())
             return _BY_PASS.format(low=low, high=high)
-        return _OTHER.format(low=low, high=high, remedy=_REMEDY)
+        times = times_as_large(norms, expected)
+        return _OTHER.format(times=times, remedy=_REMEDY)
 
     def _is_scaled_by_pass(self, pairs: Sequence[tuple[_Measured, _Measured]]) -> bool:
         """Return whether norms of each pass are one multiple of those expected."""

@@ -26,6 +26,7 @@ opacus_pi._errors.AccountingError: A batch was used twice.
 """
 
 import json
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -47,6 +48,7 @@ __all__ = [
 
 CHECKED, UNCHECKED, BROKEN = "checked", "unchecked", "broken"
 _STATES = (CHECKED, UNCHECKED, BROKEN)
+_LINE = 88  # characters
 #: The statement that each link makes, by name, in the order of an update.
 LINKS = MappingProxyType(
     {
@@ -155,6 +157,20 @@ class Custody:
             if links:
                 return f"{state}: {', '.join(link.name for link in links)}"
         return "every link checked"
+
+    def __str__(self) -> str:
+        """Return a paragraph for each link: its name, its state and the reason."""
+        found = {link.name: link for link in (*self.links, *self.unchecked)}
+        found |= {link.name: link for link in self.broken}
+        return "\n".join(
+            textwrap.fill(
+                f"{name:10}{found[name].state:11}{found[name].sentence}",
+                width=_LINE,
+                subsequent_indent=" " * 21,
+                break_long_words=False,
+            )
+            for name in LINKS
+        )
 
     def require_intact(self) -> None:
         """Refuse to give numbers if a link is broken.

@@ -78,6 +78,7 @@ class Plan(Shown):
             ``forget`` alone.
         rewind: How far back a rewind goes for the set, and what it costs and proves;
             None if no saved states were named.
+        delta: δ of the guarantee's ε in the printed plan.
     """
 
     _note: ClassVar[str] = "print it to read the difficulty, which is sensitive"
@@ -98,6 +99,7 @@ class Plan(Shown):
         default_factory=lambda: np.empty(0, np.int64)
     )
     rewind: RewindPlan | None = None
+    delta: float = 1e-5
 
     def _shown(self) -> dict[str, Any]:
         return {
@@ -153,12 +155,14 @@ class Plan(Shown):
     def __str__(self) -> str:
         return self.text()
 
-    def text(self, delta: float = 1e-5) -> str:
+    def text(self, delta: float | None = None) -> str:
         """Return the plan in words.
 
         Args:
-            delta: δ in (0, 1) of the guarantee's ε, if it has one.
+            delta: δ in (0, 1) of the guarantee's ε, if it has one; None: that of the
+                plan.
         """
+        delta = self.delta if delta is None else delta
         reason = " (the noise is assumed: a ranking only)"
         ranking = reason if self.ranking_only else ""
         steps = "unknown" if self.predicted_steps is None else f"{self.predicted_steps}"

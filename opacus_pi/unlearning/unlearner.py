@@ -393,7 +393,7 @@ class Unlearner:
             batch_size=batch_size,
             forgotten_before=self.forgotten,
         )
-        plan = plan.claiming(self._claim(plan.forget, delta))
+        plan = replace(plan.claiming(self._claim(plan.forget, delta)), delta=delta)
         require_states(checkpoints, deletion_policy)
         if checkpoints is None:
             return plan

@@ -104,6 +104,20 @@ def test_a_text_that_is_no_chain(text):
         Custody.from_json(text)
 
 
+def test_a_printed_chain_has_a_paragraph_for_each_link():
+    long = Link(
+        "loss", "unchecked", "The criterion " + "was not seen, " * 12 + "so far."
+    )
+    found = str(Custody((long, Link("draw", "broken", "A batch was used twice."))))
+    names = [line.split()[0] for line in found.splitlines() if line[0] != " "]
+    assert names == list(LINKS)
+    assert found.startswith("draw      broken     A batch was used twice.\n")
+    assert max(map(len, found.splitlines())) <= 88
+    assert " ".join(found.split()).count("was not seen,") == 12
+    many = Custody((), num_samples=10, num_unattributed=5)
+    assert "identity  broken" in str(many)
+
+
 @pytest.mark.parametrize(
     "read",
     [

@@ -26,6 +26,14 @@ def test_plan_says_difficulty_and_cost():
     assert "percentile" in str(plan) and "unknown" in str(plan)
 
 
+def test_a_printed_plan_has_the_delta_that_it_was_made_for():
+    mine = unlearner(ledger=ledger_of(data()))
+    plan = mine.plan([0], delta=0.01)
+    assert plan.delta == 0.01 and plan.guarantee.epsilon(0.01) < np.inf
+    assert str(plan) == plan.text(0.01) != plan.text(0.001)
+    assert "0.01" in str(plan)
+
+
 def test_plan_predicts_from_past_runs():
     ledger = ledger_of(data())
     losses = privacy_losses(ledger, 8.0)

@@ -6,17 +6,21 @@ of this criterion over the batch. A loop that sums its losses, or multiplies gra
 after the backward pass, trains another mechanism: with a batch of 64, the sum has 64
 times the gradient beside the same noise.
 
-So in the first updates the gradient is computed again, by a copy of the model in the
-same mode, with the random numbers of the forward pass. The two are equal, or a multiple
-of each other (the link "noise" is broken), or different (another loss, the link "loss"
-is unchecked).
+So in the first updates, and in one of 32 later ones, the gradient is computed again, by
+a copy of the model in the same mode, with the random numbers of the forward pass. The
+two are equal, or a multiple of each other (the link "noise" is broken), or different
+(another loss, the link "loss" is unchecked). Two comparisons are at most 63 updates
+apart; a generator of this file draws how many.
 
-*What breaks it.* A loop that changes its loss after the first updates. Models whose
-forward pass cannot be repeated, and batches without targets, are not compared. Batches
-are kept in memory until the comparisons are done, so after 100 updates that cannot be
-compared no further one is tried.
+*What breaks it.* Another loss in k single updates after the first ones is missed with a
+probability of (31/32)^k, and one that begins within the last 63 updates may be. Models
+whose forward pass cannot be repeated, and batches without targets, are not compared.
+Batches are kept in memory until a comparison is done, so after 100 updates in a row
+that cannot be compared no further one is tried.
 """
 
+import math
+import random
 from typing import Any
 
 import torch
@@ -24,9 +28,9 @@ from torch import Tensor, nn
 
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.delivery import ForwardPass
-from opacus_pi.attribution.targets import positions_in_delivery
+from opacus_pi.attribution.targets import in_order_of_pass, positions_in_delivery
 from opacus_pi.custody import Chain
-from opacus_pi.models.batches import inputs_and_targets, rows_of
+from opacus_pi.models.batches import inputs_and_targets
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.forward_call import ForwardCall
 from opacus_pi.models.no_trace import random_state_untouched
@@ -40,7 +44,8 @@ __all__ = ["GradientScale"]
 
 Gradients = list[Tensor | None]  # None where a parameter did not enter the loss
 
-_NUM_COMPARISONS = 2
+_NUM_FIRST = 2  # updates, all of which are compared
+_LARGEST_GAP = 63  # updates; drawn from 1 to this, so 32 in the mean
 _MAX_ATTEMPTS = 100  # updates
 _TOLERANCE = 0.02  # relative; gradients in reduced precision differ by less
 _SCALED = (
@@ -67,7 +72,10 @@ _REPEATED = (
     "update more than once, and is charged once. Give the model each sample of a "
     "batch once."
 )
-_SAME = "The gradients of the first updates were those of the mean of the criterion."
+_SAME = (
+    "The gradients of the first updates, and of one of 32 later ones, were those of "
+    "the mean of the criterion."
+)
 
 
 class GradientScale:
@@ -85,9 +93,11 @@ class GradientScale:
     ) -> None:
         self._module, self._chain, self._tracker = module, chain, tracker
         self._criterion = per_example_criterion(criterion)
-        self._num_left, self._num_attempts = _NUM_COMPARISONS, 0
+        self._draws = random.Random(0)  # no secret: it only spreads the comparisons
+        self._num_updates = self._num_compared = self._num_attempts = 0
+        self._next: float = 1  # update that is compared
         self._passes: list[ForwardCall] = []
-        tracker.keeps_batches = True
+        self._keep_batches()
 
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -100,7 +110,7 @@ class GradientScale:
             kwargs: Its keyword arguments.
         """
         # The gradients of several passes are not compared: then two show that.
-        is_needed = self._num_left and len(self._passes) < 2
+        is_needed = self._is_due and len(self._passes) < 2
         if is_needed and module.training and torch.is_grad_enabled():
             self._passes.append(ForwardCall.now(module, args, kwargs))
 
@@ -110,15 +120,27 @@ class GradientScale:
         Args:
             parameters: Those that the optimizer updates, with their gradients.
         """
-        if not self._num_left:
-            return
-        self._num_attempts += 1
-        passes, self._passes = self._passes, []
-        if self._compare(passes, parameters):
-            self._num_left -= 1
-        elif self._num_attempts >= _MAX_ATTEMPTS:
-            self._num_left = 0
-        self._tracker.keeps_batches = bool(self._num_left)
+        if self._is_due:
+            passes, self._passes = self._passes, []
+            self._num_attempts += 1
+            if self._compare(passes, parameters):
+                self._num_compared += 1
+                is_early = self._num_compared < _NUM_FIRST
+                gap = 1 if is_early else self._draws.randint(1, _LARGEST_GAP)
+                self._next, self._num_attempts = self._num_updates + 1 + gap, 0
+            elif self._num_attempts >= _MAX_ATTEMPTS:
+                self._next = math.inf
+        self._num_updates += 1
+        self._keep_batches()
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether the update under way is compared."""
+        return self._next <= self._num_updates + 1
+
+    def _keep_batches(self) -> None:
+        """Have batches kept that are needed: a loop may get its next one early."""
+        self._tracker.keeps_batches = self._next <= self._num_updates + 2
 
     def _compare(
         self, passes: list[ForwardCall], parameters: list[nn.Parameter]
@@ -203,16 +225,14 @@ def _targets_of(forward: ForwardPass) -> Any:
     Returns:
         None if they are not known.
     """
-    positions, delivery = positions_in_delivery(forward), forward.delivery
-    if positions is None or delivery is None or delivery.batch is None:
-        return None
-    if not len(positions) or positions.min() < 0:
+    delivery = forward.delivery
+    if delivery is None or delivery.batch is None:
         return None
     try:
         _, targets = inputs_and_targets(delivery.batch)
     except ValueError:
         return None
-    return rows_of(targets, positions.tolist(), len(delivery.indices or ()))
+    return in_order_of_pass(forward, targets)
 
 
 def _beside(targets: Any, outputs: Any) -> Any:

@@ -83,6 +83,30 @@ def test_another_loss_is_said():
     assert state(run, "loss") == "unchecked"
 
 
+def test_another_loss_that_begins_late_is_said():
+    run = monitored(poisson_sampling=False)
+    num_epochs, calls = 20, []
+
+    def late(outputs, y):
+        calls.append(y)
+        extra = outputs.square().mean() if len(calls) > 40 else 0.0
+        return extra + cross_entropy(outputs, y)
+
+    with pytest.warns(UserWarning, match="not that of the criterion"):
+        for _ in range(num_epochs):
+            train(run, late)
+    assert len(calls) > 40 + 63 and state(run, "loss") == "unchecked"
+
+
+def test_later_updates_with_the_criterion_raise_no_alarm():
+    run = monitored(net(), Augmented(), poisson_sampling=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            train(run, cross_entropy)
+    assert state(run, "loss") == "checked" and state(run, "noise") == "checked"
+
+
 @pytest.mark.parametrize("poisson_sampling", [True, False])
 def test_training_is_the_same_to_the_bit(poisson_sampling):
     """The comparison draws nothing and writes nothing."""

@@ -1,0 +1,315 @@
+"""Compares the gradients of the model's outputs with those of an audited criterion.
+
+``loop_loss`` repeats a whole update, which takes several passes through a copy of the
+model, so it does that a few times only. A glance needs no pass: the criterion is
+evaluated again on a copy of the outputs that the loop has computed, with the delivered
+targets. Its gradients must be those that reached the outputs, up to a factor that stays
+the same.
+
+*When.* In each of the first 64 updates, and later in one of eight. Two glances are at
+most 15 updates apart; a generator of this file draws how many.
+
+*Guarantee.* A loss of torch is compared exactly, up to rounding. Nothing is drawn, and
+no update waits for an accelerator: differences there are read with the chain.
+
+*What breaks it.* Another loss in k single updates after the first 64 is missed with a
+probability of (7/8)^k. So is one that begins within the last 15 updates of a run and
+meets no glance. Whatever reaches the weights in another way than through the outputs,
+such as a penalty on the weights that begins late, is not seen. In mixed precision,
+factors are not compared. A criterion of the user may draw random numbers or count its
+calls, so it is not compared at all; its link stays unchecked for another reason.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opacus_pi.attribution.delivery import Delivery, ForwardPass
+from opacus_pi.attribution.lookalikes import rows_of_all
+from opacus_pi.attribution.targets import in_order_of_pass
+from opacus_pi.custody import Chain
+from opacus_pi.custody.function_copies import copied_if_possible
+from opacus_pi.gradients.fallback import MODEL_ERRORS
+from opacus_pi.integration.audited_update import OutputGradients, rows_by_example
+from opacus_pi.models.batches import (
+    floating,
+    inputs_and_targets,
+    logits_of,
+    map_tensors,
+)
+
+__all__ = ["Glance", "Glances"]
+
+_ALL_OF_FIRST = 64  # updates
+_LARGEST_GAP = 15  # updates; drawn from 1 to this, so 8 in the mean
+_MAX_AWAITED = 256  # comparisons on an accelerator that have not been read
+_ALIKE = 1e-3  # relative difference of gradients that counts as none
+_ROUNDINGS = 16  # of an entry of the outputs
+_COARSE = 0.5  # tolerance above which nothing is compared
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A forward pass of the loop whose outputs are compared.
+
+    Args:
+        outputs: Copies of the outputs, nested as the criterion gets them.
+        gradients: The gradients that reach them.
+        device: The type of their device.
+        mixed_type: The data type of automatic mixed precision; None: it was off.
+    """
+
+    outputs: Any
+    gradients: OutputGradients
+    device: str
+    mixed_type: torch.dtype | None
+
+    @classmethod
+    def at(cls, outputs: Any) -> "Glance":
+        """Return a glance at the outputs that a model has just returned.
+
+        Args:
+            outputs: Tensors in any nesting, with their graph.
+        """
+        logits = logits_of(outputs)
+        device = next((x.device.type for x in floating(logits).values()), "cpu")
+        is_mixed = torch.is_autocast_enabled(device)
+        kind = torch.get_autocast_dtype(device) if is_mixed else None
+        copied = map_tensors(lambda tensor: tensor.detach().clone(), logits)
+        return cls(copied, OutputGradients(logits), device, kind)
+
+
+class Glances:
+    """Compares the gradients of the outputs in many updates.
+
+    Args:
+        criterion: A loss of torch, which was audited. A copy of it is called, so that
+            settings that are changed later are another loss.
+        chain: The chain of custody of the run; reads what awaits an accelerator.
+        batch_dim: The dimension of the inputs along which the examples are.
+        is_summed: Whether training sums losses that the criterion does not reduce;
+            otherwise it takes their mean.
+        tell_other: Called if a loss was another one, with the number of examples that
+            it left out, and the number of all that were compared.
+        tell_factor: Called with a factor of the gradients, and with another one that an
+            earlier update had.
+    """
+
+    def __init__(
+        self,
+        criterion: Callable[[Any, Any], Tensor],
+        chain: Chain,
+        *,
+        batch_dim: int,
+        is_summed: bool,
+        tell_other: Callable[[int, int], None],
+        tell_factor: Callable[[float, float], None],
+    ) -> None:
+        self._criterion = copied_if_possible(criterion)
+        self._dim, self._is_summed = batch_dim, is_summed
+        self._tell_other, self._tell_factor = tell_other, tell_factor
+        self._draws = random.Random(0)  # no secret: it only spreads the glances
+        self._num_updates, self._next = 0, 1
+        self._factor: float | None = None
+        self._awaited: list[Tensor] = []
+        chain.on_read(self._judge)
+
+    @property
+    def is_near(self) -> bool:
+        """Whether targets are needed: a loop may get its next batch before it steps."""
+        return self._next <= self._num_updates + 2
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the outputs of the update under way are compared."""
+        return self._next <= self._num_updates + 1
+
+    def update_was_made(self) -> None:
+        """Count an update, and choose the next one that is compared."""
+        if self.is_due:
+            is_early = self._next < _ALL_OF_FIRST
+            self._next += 1 if is_early else self._draws.randint(1, _LARGEST_GAP)
+        self._num_updates += 1
+
+    def saw_batch(self, delivery: Delivery, batch: Any) -> None:
+        """Keep copies of the targets of a batch, if they may be needed.
+
+        Args:
+            delivery: Its description.
+            batch: What the loop receives.
+        """
+        if not self.is_near:
+            return
+        try:
+            targets = inputs_and_targets(batch)[1]
+        except ValueError:
+            return
+        delivery.targets = map_tensors(Tensor.clone, targets)
+
+    def compare(self, passes: Sequence[ForwardPass]) -> None:
+        """Compare the passes of a physical batch whose outputs were kept.
+
+        Passes with samples that were not recognised are left out.
+
+        Args:
+            passes: The forward passes whose gradients were clipped.
+        """
+        for forward in passes:
+            if not isinstance(forward.call, Glance) or not forward.is_recognised:
+                continue
+            found = self._compared(forward, forward.call, len(passes))
+            if found is not None:
+                self._awaited.append(found)
+                if found.is_cpu or len(self._awaited) >= _MAX_AWAITED:
+                    self._judge()
+
+    def _compared(
+        self, forward: ForwardPass, glance: Glance, num_passes: int
+    ) -> Tensor | None:
+        """Compare a pass, without waiting for an accelerator.
+
+        Args:
+            forward: The pass.
+            glance: What was kept of it.
+            num_passes: The number of passes whose gradients were clipped together.
+
+        Returns:
+            float32 ``(6,)``: how far the directions differ, the factor, the tolerance
+            of both, the number of passes, and how many of how many examples had no
+            gradient although the criterion gives them one. None if nothing can be
+            compared.
+        """
+        delivery = forward.delivery
+        kept = None if delivery is None else delivery.targets
+        targets = None if kept is None else in_order_of_pass(forward, kept, self._dim)
+        expected = None if targets is None else self._expected(glance, targets)
+        if expected is None:
+            return None
+        gradients = glance.gradients.tensors()
+        places = sorted(set(expected) & set(gradients))
+        size = forward.num_samples or 0
+        one, other = (
+            rows_by_example([found[p].float() for p in places], size, self._dim)
+            for found in (gradients, expected)
+        )
+        if one.shape != other.shape or not one.numel():
+            return None
+        is_known = torch.ones(size, dtype=torch.bool)
+        is_known[torch.from_numpy(rows_of_all(forward.alike))] = False
+        if not bool(is_known.all()):
+            rows = is_known.nonzero()[:, 0].to(one.device)
+            one, other = one[rows], other[rows]
+        is_left_out = (one == 0).all(dim=1) & (other != 0).any(dim=1)
+        is_mixed = glance.mixed_type is not None
+        return torch.stack(
+            [
+                *_direction_and_factor(one, other, is_mixed=is_mixed),
+                self._tolerance(glance, other),
+                one.new_tensor(num_passes),
+                is_left_out.sum().float(),
+                one.new_tensor(len(one)),
+            ]
+        )
+
+    def _tolerance(self, glance: Glance, expected: Tensor) -> Tensor:
+        """Return the relative difference of gradients that rounding may cause.
+
+        Args:
+            glance: The outputs, whose entries were rounded.
+            expected: The gradients, float32 ``(b, k)``. Where all of them are small, as
+                late in a training, they are differences of numbers near 1.
+        """
+        outputs = list(floating(glance.outputs).values())
+        kinds = {x.dtype for x in outputs} | {glance.mixed_type or torch.float32}
+        rounding = max(torch.finfo(kind).eps for kind in kinds)
+        largest = torch.stack([x.detach().abs().max().float() for x in outputs]).max()
+        share = 1 if self._is_summed else len(expected)
+        error = _ROUNDINGS * rounding * (1 + largest) * expected.numel() ** 0.5 / share
+        share_of_all: Tensor = error / expected.norm().clamp(min=_TINY)
+        return share_of_all + max(_ALIKE, 8 * rounding)
+
+    def _judge(self) -> None:
+        """Tell what the comparisons have found that were not judged yet."""
+        awaited, self._awaited = self._awaited, []
+        for found in awaited:
+            gap, factor, tolerance, num_passes, num_left_out, size = found.tolist()
+            if not gap < math.inf or tolerance > _COARSE:
+                continue  # a loss that is not finite, or gradients lost in rounding
+            if gap > tolerance:
+                self._tell_other(int(num_left_out), int(size))
+            elif not math.isnan(factor):
+                self.saw_factor(factor, int(num_passes), tolerance)
+
+    def saw_factor(
+        self, factor: float, num_passes: int, tolerance: float = _ALIKE
+    ) -> None:
+        """Tell of a factor that an earlier update did not have.
+
+        Args:
+            factor: By which the gradients differ from the criterion's.
+            num_passes: The number of passes of the update. A loop may divide by it.
+            tolerance: The relative difference that rounding may cause.
+        """
+        before = self._factor
+        if num_passes > 1 and abs(factor * num_passes - 1) <= tolerance:
+            return
+        if before is None:
+            self._factor = factor
+        elif abs(factor - before) > tolerance * abs(before):
+            self._tell_factor(factor, before)
+
+    def _expected(self, glance: Glance, targets: Any) -> dict[int, Tensor] | None:
+        """Return the criterion's gradients with respect to the outputs, by position.
+
+        Args:
+            glance: The outputs.
+            targets: Their targets.
+
+        Returns:
+            None if the criterion does not take them.
+        """
+        leaves = floating(glance.outputs)
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        is_mixed = glance.mixed_type is not None
+        try:
+            with (
+                torch.enable_grad(),
+                torch.autocast(glance.device, glance.mixed_type, enabled=is_mixed),
+            ):
+                losses = self._criterion(glance.outputs, targets)
+                loss = losses.sum() if self._is_summed else losses.mean()
+                found = torch.autograd.grad(
+                    loss, list(leaves.values()), allow_unused=True
+                )
+        except MODEL_ERRORS:
+            return None
+        return {place: g for place, g in enumerate(found) if g is not None}
+
+
+def _direction_and_factor(
+    one: Tensor, other: Tensor, *, is_mixed: bool
+) -> tuple[Tensor, Tensor]:
+    """Return how far two sets of gradients are from multiples of each other.
+
+    Args:
+        one: Gradients, float32 ``(b, k)``.
+        other: Those expected, ``(b, k)``.
+        is_mixed: Whether mixed precision may have scaled them.
+
+    Returns:
+        The distance of their unit vectors, up to the sign; and the factor with its
+        sign, NaN if it is not known.
+    """
+    length, wanted = one.norm(), other.norm()
+    sign = torch.where((one * other).sum() < 0, -1.0, 1.0)
+    units = one / length.clamp(min=_TINY) - sign * other / wanted.clamp(min=_TINY)
+    factor = sign * length / wanted
+    is_known = (length > 0) & (wanted > 0) & (not is_mixed)
+    return units.norm(), torch.where(is_known, factor, torch.nan)
