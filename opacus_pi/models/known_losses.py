@@ -68,6 +68,14 @@ class LabelMean:
     ignore_index: int
     weight: Tensor | None = None
 
+    @property
+    def common_weight(self) -> float | None:
+        """The weight that all classes have, which cancels in the mean; None: none."""
+        if self.weight is None:
+            return 1.0
+        first = float(self.weight.flatten()[0])
+        return first if bool((self.weight == first).all()) and first > 0 else None
+
     def num_labels(self, targets: Tensor) -> Tensor:
         """Count each example's labels that are not ignored, ``(b,)``.
 
@@ -97,7 +105,7 @@ class LabelMean:
         Args:
             targets: The targets of the batch, in any form.
         """
-        if self.weight is not None and are_classes(targets):
+        if self.common_weight is None and are_classes(targets):
             return _WEIGHTED.format(name=self.name)
         if self.couples(targets):
             return _IGNORED.format(name=self.name, index=self.ignore_index)

@@ -186,6 +186,9 @@ class OwnLosses:
         """Return the losses ``(b,)`` without looking for coupled examples."""
         values = self._each(outputs, targets)
         check_losses(values, num_examples(targets))
+        mean = self._label_mean(targets)
+        if mean is not None and mean.common_weight and not self._averages_each_example:
+            values = values / mean.common_weight  # the trained mean divides by it, too
         if values.dim() == 1:
             return values
         entries = values.flatten(1)
@@ -196,7 +199,6 @@ class OwnLosses:
             return entries.squeeze(1)
         if self._reduction != "mean":
             return entries.sum(1)
-        mean = self._label_mean(targets)
         if mean is not None:
             # Where no label counts, torch divides 0 by 0, but ghost clipping by 1.
             least = 1 if self._averages_each_example else 0

@@ -26,6 +26,7 @@ PADDED = TOKENS.clone()
 for i in range(SIZE):
     PADDED[i, 1 + i % LENGTH :] = -100
 WEIGHTS = torch.tensor([0.1, 1.0, 10.0, 3.0]).double()
+EQUAL = torch.full_like(WEIGHTS, 2.5)
 
 
 class Focal(nn.Module):
@@ -57,6 +58,13 @@ HONOURED = {
     "none": (nn.CrossEntropyLoss(reduction="none"), SCORES, LABELS),
     "label smoothing": (nn.CrossEntropyLoss(label_smoothing=0.2), SCORES, LABELS),
     "weighted sum": (nn.CrossEntropyLoss(WEIGHTS, reduction="sum"), SCORES, LABELS),
+    "equally weighted mean": (nn.CrossEntropyLoss(EQUAL), SCORES, LABELS),
+    "equally weighted NLL": (nn.NLLLoss(EQUAL), SEQUENCES, LAST_IGNORED),
+    "equally weighted, smoothed": (
+        nn.CrossEntropyLoss(EQUAL, label_smoothing=0.2),
+        SCORES,
+        LABELS,
+    ),
     "weighted, soft targets": (nn.CrossEntropyLoss(WEIGHTS), SCORES, MATRIX),
     "nll of sequences": (nn.NLLLoss(reduction="sum"), SEQUENCES, PADDED),
     "square, mean": (nn.MSELoss(), SCORES, MATRIX),
