@@ -187,8 +187,9 @@ class OwnLosses:
         values = self._each(outputs, targets)
         check_losses(values, num_examples(targets))
         mean = self._label_mean(targets)
-        if mean is not None and mean.common_weight and not self._averages_each_example:
-            values = values / mean.common_weight  # the trained mean divides by it, too
+        weight = None if mean is None or mean.weight is None else mean.common_weight
+        if weight is not None and not self._averages_each_example:
+            values = values / weight  # as the trained mean does
         if values.dim() == 1:
             return values
         entries = values.flatten(1)
