@@ -44,6 +44,7 @@ from opacus_pi.integration.fast import MODE as FAST_MODE
 from opacus_pi.integration.fast import prepare_model, require_fast
 from opacus_pi.integration.filtering import NO_BUDGETS, begin_budgets
 from opacus_pi.integration.group_accountant import GroupAccountant
+from opacus_pi.integration.misspelt_options import misspelt
 from opacus_pi.integration.monitor import monitor
 from opacus_pi.integration.opacus_compat import module_of
 from opacus_pi.integration.recorded_engine import RecordedEngine
@@ -109,11 +110,20 @@ class PerInstanceMixin(RecordedEngine):
 
         Raises:
             ValueError: If the filter or the fast mode cannot serve these arguments.
+
+        Warns:
+            UserWarning: If an option resembles one that it has, and is ignored.
         """
         if self.renyi_filter is not None:
             begin_budgets(self.renyi_filter, self, **options)
         if options.get("grad_sample_mode") == FAST_MODE:
             require_fast(**options)
+        for name, meant in misspelt(options, type(self)).items():
+            warnings.warn(
+                f"make_private has no option {name}, and ignores it as Opacus does. "
+                f"Did you mean {meant}?",
+                stacklevel=5,  # the caller, before two functions that record
+            )
         prepared: tuple[Any, ...] = super().make_private(**options)
         self._preparing.asked = options
         return prepared
