@@ -198,13 +198,15 @@ class Glances:
             rows_by_example([found[p].float() for p in places], size, self._dim)
             for found in (gradients, expected)
         )
-        if one.shape != other.shape or not one.numel():
+        if one.shape != other.shape:
             return None
         is_known = torch.ones(size, dtype=torch.bool)
         is_known[torch.from_numpy(rows_of_all(forward.alike))] = False
         if not bool(is_known.all()):
             rows = is_known.nonzero()[:, 0].to(one.device)
             one, other = one[rows], other[rows]
+        if not one.numel():
+            return None
         is_left_out = (one == 0).all(dim=1) & (other != 0).any(dim=1)
         is_mixed = glance.mixed_type is not None
         return torch.stack(

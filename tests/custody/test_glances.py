@@ -235,6 +235,12 @@ def test_a_model_that_knows_every_example_raises_no_alarm(loss, confidence):
     assert run.said == [] and state_of_loss(run) == "checked"
 
 
+def test_samples_that_look_alike_are_left_out():
+    data = hidden_ids.Shaped(lambda x, y: (torch.ones_like(x), 0 * y))
+    run = trained(Loop("alike", data=lambda: data, setup=audited, **MANY))
+    assert run.refusal == "" and run.said == []
+
+
 def test_mixed_precision_and_averages_raise_no_alarm():
     run = trained(Loop("mixed", forward=rounded_outputs, setup=audited, **MANY))
     assert run.said == [] and run.refusal == ""
