@@ -144,6 +144,8 @@ class Delivery:
         is_described: Whether ``tensors`` are all that the batch has.
         place: Which batch with samples of this pass it is, from 1; 0: it has none, or
             need not enter an update.
+        draw: A key that the batches of one draw of the sampler share. Default: each
+            batch is a draw.
     """
 
     indices: list[int] | None
@@ -161,8 +163,11 @@ class Delivery:
     looked_at_by: Any = None
     is_described: bool = False
     place: int = 0
+    draw: Any = None
 
     def __post_init__(self) -> None:
+        if self.draw is None:
+            self.draw = self.loader_pass, self.number
         # Whether the indices are those of different, known examples. Then the batch
         # needs no array of them, and an update no search for repeated examples.
         known = self.indices or ()

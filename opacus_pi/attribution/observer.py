@@ -166,13 +166,16 @@ class LoaderObserver:
         self._open.append(loader_pass)
         return iterator
 
-    def deliver(self, batch: Any, indices: Any, loader_pass: LoaderPass) -> Any:
+    def deliver(
+        self, batch: Any, indices: Any, loader_pass: LoaderPass, *, draw: int
+    ) -> Any:
         """Report a batch that the loop is about to receive.
 
         Args:
             batch: What the iterator returned, with an identity or without.
             indices: What the sampler returned for it.
             loader_pass: The pass that it belongs to.
+            draw: Which draw of this pass it belongs to.
 
         Returns:
             The batch as ``collate_fn`` returned it.
@@ -184,7 +187,8 @@ class LoaderObserver:
         self.num_deliveries += 1
         tracker = self.tracker
         if tracker is not None:
-            tracker.delivered(indices, batch, loader_pass, identity=identity)
+            delivery = tracker.delivered(indices, batch, loader_pass, identity=identity)
+            delivery.draw = loader_pass, draw
         return batch
 
     def end_pass(self, loader_pass: LoaderPass) -> None:
@@ -231,7 +235,11 @@ def observe(
 
 
 def observe_like(
-    source: DataLoader[Any], built: DataLoader[Any], *, in_parts: bool = True
+    source: DataLoader[Any],
+    built: DataLoader[Any],
+    *,
+    in_parts: bool = True,
+    ends_draw: Callable[[Any], bool] | None = None,
 ) -> None:
     """Observe a loader that was built from another one, if that one is observed.
 
@@ -240,10 +248,14 @@ def observe_like(
         built: A loader over the same data set that draws from the same sampler;
             changed in place.
         in_parts: Whether its batches are parts of the batches of ``source``.
+        ends_draw: Called with its sampler, which has just returned a part: returns
+            whether that was the last part of a batch of ``source``. None: all parts of
+            a pass are taken to be of one batch.
     """
     observer = observer_of(source)
     if observer is not None:
         _attach(built, observer, in_parts=in_parts)
+        vars(built)["_pi_ends_draw"] = ends_draw or _never
 
 
 def observer_of(loader: DataLoader[Any]) -> LoaderObserver | None:
@@ -281,6 +293,16 @@ def _attach(
     vars(loader).update(_pi_observer=observer, _pi_in_parts=in_parts)
 
 
+def _always(sampler: Any) -> bool:
+    """Return that each batch of a sampler is a draw of its own."""
+    return True
+
+
+def _never(sampler: Any) -> bool:
+    """Return that the next batch of a sampler belongs to the same draw."""
+    return False
+
+
 class RecordedIndices:
     """The index sampler of one iterator, which keeps what it returned by position.
 
@@ -289,22 +311,39 @@ class RecordedIndices:
 
     Args:
         sampler: The loader's ``batch_sampler``, or its ``sampler``.
+        ends_draw: Called with the sampler after each batch: returns whether the next
+            one belongs to another draw.
+
+    Attributes:
+        draw: The draw of the batch that was taken last, counted from 0.
     """
 
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
+    def __init__(
+        self, sampler: Any, ends_draw: Callable[[Any], bool] = _always
+    ) -> None:
+        self.sampler, self._ends_draw = sampler, ends_draw
         self.current_pass: LoaderPass | None = None
         self._restart()
 
     def _restart(self) -> None:
         """Forget the indices of an earlier pass."""
-        self.kept: dict[int, Any] = {}
-        self.num_drawn = 0
+        self.kept: dict[int, tuple[Any, int]] = {}
+        self.num_drawn = self.num_draws = self.draw = 0
 
     def __iter__(self) -> Iterator[Any]:
+        """Begin a pass, at the moment when torch asks for it.
+
+        A sampler may draw random numbers in its ``__iter__``, before torch draws those
+        of the pass. So it is not called later, as it were in a generator function.
+        """
         self._restart()
-        for indices in self.sampler:
-            self.kept[self.num_drawn] = indices
+        return self._recorded(iter(self.sampler))
+
+    def _recorded(self, drawn: Iterator[Any]) -> Iterator[Any]:
+        """Yield what a sampler returns, and keep it."""
+        for indices in drawn:
+            self.kept[self.num_drawn] = indices, self.num_draws
+            self.num_draws += self._ends_draw(self.sampler)
             self.num_drawn += 1
             yield indices
 
@@ -327,7 +366,7 @@ class RecordedIndices:
             in_order: Whether batches are delivered in order. Then indices that were
                 drawn earlier are forgotten, too: a worker failed to load their batch.
         """
-        indices = self.kept.pop(position, None)
+        indices, self.draw = self.kept.pop(position, (None, self.draw))
         if in_order and self.kept:
             self.kept = {k: v for k, v in self.kept.items() if k > position}
         return indices
@@ -345,7 +384,10 @@ def _observed_loader(base: type) -> type:
             that is left and another that follows, cannot be confused.
             """
             sampler = super()._index_sampler
-            return sampler if get_worker_info() else RecordedIndices(sampler)
+            if get_worker_info():
+                return sampler
+            ends_draw = vars(self).get("_pi_ends_draw", _always)
+            return RecordedIndices(sampler, ends_draw)
 
         def _get_iterator(self) -> Any:
             """Begin a pass with a new iterator."""
@@ -387,7 +429,9 @@ def _observed_iterator(base: type) -> type:
                 self._pi_observer.end_pass(indices.current_pass)
                 raise
             taken = self._pi_take(indices)
-            return self._pi_observer.deliver(batch, taken, indices.current_pass)
+            return self._pi_observer.deliver(
+                batch, taken, indices.current_pass, draw=indices.draw
+            )
 
         def _pi_take(self, indices: RecordedIndices) -> Any:
             """Return the indices of the batch that was returned last.

@@ -63,6 +63,7 @@ __all__ = [
     "STEP_METHODS",
     "clipped_norms",
     "draws_shipped_noise",
+    "ends_draw",
     "has_functional_copy",
     "has_skipped_last_step",
     "keep_handle",
@@ -402,6 +403,19 @@ def restore_memory_manager() -> None:
     """
     present = batch_memory_manager.wrap_data_loader
     batch_memory_manager.wrap_data_loader = _original_of(present)
+
+
+def ends_draw(sampler: Any) -> bool:
+    """Return whether a part that ``BatchMemoryManager`` has made is the last of a draw.
+
+    Its sampler tells the optimizer before each part whether more parts of the same draw
+    follow, and Opacus (1.6.0) appends this to ``_step_skip_queue``.
+
+    Args:
+        sampler: The ``BatchSplittingSampler``, which has just returned a part.
+    """
+    queue = getattr(sampler.optimizer, "_step_skip_queue", None)
+    return not (queue and queue[-1])
 
 
 # Attributes of the function that is put in place: what it replaced, what it calls.

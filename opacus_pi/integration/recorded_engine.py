@@ -14,6 +14,7 @@ import numpy as np
 import opacus
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.data import DataLoader
 
 from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
@@ -34,7 +35,7 @@ from opacus_pi.integration.checkpoints import (
 )
 from opacus_pi.integration.checks import OutsideChanges, RunChecks
 from opacus_pi.integration.derived import Preparation, shown_as
-from opacus_pi.integration.opacus_compat import patch_memory_manager
+from opacus_pi.integration.opacus_compat import ends_draw, patch_memory_manager
 from opacus_pi.integration.readings import Readings
 from opacus_pi.integration.runs import CurrentRun
 from opacus_pi.recording import Recorder
@@ -49,6 +50,16 @@ __all__ = ["RecordedEngine"]
 
 # Attributes that are used before anything else of ours.
 _PARTS = ("recorder", "renyi_filter", "checks", "checkpoints", "_preparation", "_run")
+
+
+def observe_parts(source: DataLoader[Any], built: DataLoader[Any]) -> None:
+    """Observe a loader that ``BatchMemoryManager`` built, if its source is observed.
+
+    Args:
+        source: The loader that the manager was given.
+        built: The loader that it built, which delivers parts of batches.
+    """
+    observe_like(source, built, ends_draw=ends_draw)
 
 
 class RecordedEngine(Shown, OpacusEngine):
@@ -87,7 +98,7 @@ class RecordedEngine(Shown, OpacusEngine):
         self._has_default_recorder = recorder is None
         self._preparation: Preparation | None = None  # within make_private only
         self._run: CurrentRun | None = None  # the run that was prepared last
-        patch_memory_manager(observe_like)
+        patch_memory_manager(observe_parts)
 
     if not TYPE_CHECKING:  # type checkers would take any name for an attribute
 

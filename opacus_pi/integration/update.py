@@ -121,6 +121,7 @@ class UpdateUnderWay:
     _is_distinct: bool = field(init=False, default=True)
     _settings: dict[str, Any] | None = field(init=False, default=None)
     _largest_clip_norm: float = field(init=False, default=0.0)  # of the update so far
+    _num_charged: int = field(init=False, default=1)  # draws
     _num_unattributed: int = field(init=False, default=0)  # up to the last update
     _has_checked: bool = field(init=False, default=False)
 
@@ -245,7 +246,8 @@ class UpdateUnderWay:
             self.outside.noise_was_drawn(is_current=not self.is_superseded)
         # As Opacus's accountant does: with accumulated batches an example had as many
         # chances to be drawn.
-        rate = self.sample_rate * optimizer.accumulated_iterations
+        num_passes = optimizer.accumulated_iterations
+        self._num_charged, rate = max(1, num_passes), self.sample_rate * num_passes
         if isinstance(optimizer, AdaClipDPOptimizer) and not self.is_superseded:
             self.recorder.assume_noise()
         self.was_clipped(float(optimizer.max_grad_norm))
@@ -272,7 +274,9 @@ class UpdateUnderWay:
         settings, self._settings = self._settings, None
         if settings is None:
             return
-        self.draws.update_was_made(self.tracker.end_update())
+        self.draws.update_was_made(
+            self.tracker.end_update(), num_charged=self._num_charged
+        )
         num_unattributed = self.tracker.counts["unattributed"]
         if num_unattributed > self._num_unattributed and not self.is_superseded:
             self.recorder.note_unattributed(num_unattributed - self._num_unattributed)

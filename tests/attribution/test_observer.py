@@ -392,3 +392,40 @@ def test_a_loader_with_iterators_of_its_own_is_not_followed():
         observe(loader, log, follow_items=follow_items)
         list(loader)
         assert [d.identity.notes for d in log.deliveries] == [notes] * 3
+
+
+class DrawsAtOnce:
+    """A batch sampler that draws when it is asked for an iterator."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(torch.randperm(12).view(3, 4).tolist())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sampler_draws_at_the_moment_when_torch_asks_it(workers):
+    drawn = []
+    for is_observed in (False, True):
+        loader = DataLoader(numbers(), batch_sampler=DrawsAtOnce(), num_workers=workers)
+        if is_observed:
+            observe(loader, Log())
+        torch.manual_seed(0)
+        seen = [batch[0].tolist() for _ in range(2) for batch in loader]
+        drawn.append((seen, torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+
+
+def test_parts_of_a_draw_share_its_key():
+    log, loader = Log(), DataLoader(numbers(), batch_size=4)
+    observe(loader, log)
+    ends = iter([False, True, True] * 2)
+    built = DataLoader(numbers(), batch_size=4)
+    observe_like(loader, built, ends_draw=lambda sampler: next(ends))
+    for _ in range(2):
+        list(built)
+    list(loader)
+    draws = [delivery.draw for delivery in log.deliveries]
+    assert draws[0] == draws[1] and draws[3] == draws[4]
+    assert len(set(draws)) == 7

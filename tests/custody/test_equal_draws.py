@@ -1,14 +1,17 @@
 """Draws of a Poisson loader that come again, which no chance explains."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi import AccountingError
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
-from tests.private_training import Training, data
+from tests.private_training import CLASSES, Training, data
 
 AGAIN = "examples of an update are those of an earlier one"
 
@@ -16,7 +19,7 @@ AGAIN = "examples of an update are those of an earlier one"
 class Batch:
     """The part of a delivery that the link looks at."""
 
-    num_updates = 1
+    num_updates, draw = 1, 0
 
     def __init__(self, indices):
         self.index_array = None if indices is None else np.array(indices, np.int64)
@@ -66,6 +69,46 @@ def test_the_batches_of_one_update_count_together():
 
 def test_unknown_and_empty_draws_say_nothing():
     assert not _is_broken([[None]] * 20 + [[[]]] * 20 + [[]] * 20, 200)
+
+
+def test_draws_that_are_not_known_are_not_compared():
+    unknown, padding = [[-1] * 12], [[-2] * 3]
+    assert not _is_broken([unknown, padding] * 20 + [padding] * 20, 200)
+    assert not _is_broken([[[3, 5, -1, 8, 9, 11, 12, 13]]] * 20, 200)
+
+
+def test_items_that_cannot_be_matched_are_the_reason():
+    """Their draws were all taken for empty ones, and so for equal ones."""
+
+    class Sequences(Dataset):
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, index):
+            return {"text": "1 " * (1 + index % 7), "label": index % CLASSES}
+
+    def sorted_and_padded(items):
+        items = sorted(items, key=lambda item: -len(item["text"]))
+        tokens = [torch.tensor(list(map(int, i["text"].split()))) for i in items]
+        labels = torch.tensor([item["label"] for item in items])
+        return nn.utils.rnn.pad_sequence(tokens, batch_first=True), labels
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(3, 4), nn.Linear(4, CLASSES)
+
+        def forward(self, tokens):
+            return self.out(self.embedding(tokens).mean(1))
+
+    loader = DataLoader(Sequences(), batch_size=6, collate_fn=sorted_and_padded)
+    training = Training(module=Words(), data_set=loader.dataset, loader=loader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        training.train(3)
+    with pytest.raises(AccountingError) as error:
+        training.engine.ledger.num_examples  # noqa: B018
+    assert AGAIN not in str(error.value) and "unattributed" in str(error.value)
 
 
 def test_a_generator_of_the_loader_that_is_seeded_in_every_epoch():
