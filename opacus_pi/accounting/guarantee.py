@@ -57,6 +57,7 @@ from opacus_pi.accounting.conversion import (
     epsilon_offset,
     rdp_to_epsilon,
 )
+from opacus_pi.files.plain_json import plain_json
 from opacus_pi.ledger.custody import LINKS, unchecked_in
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 
@@ -590,7 +591,7 @@ def guarantee_of_run(
 def _parsed(text: str) -> dict[str, Any]:
     """Return the fields of a guarantee's JSON text."""
     try:
-        facts = json.loads(text)
+        facts = plain_json(text)
     except (ValueError, TypeError, RecursionError):
         facts = None
     known = {_FORMAT: _FIELDS, _FORMAT_1: _FIELDS_1}

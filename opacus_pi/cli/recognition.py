@@ -40,6 +40,7 @@ from opacus_pi.files.kinds import (
     TRACE,
     kind_in,
 )
+from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.torch_file import (
     OtherObjects,
     read_torch_file,
@@ -317,7 +318,7 @@ def _text(path: Path, start: bytes) -> Recognised:
     if path.stat().st_size > _MAX_TEXT:
         return Recognised("a large file of an unknown kind")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = plain_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return Recognised("data of an unknown kind" if b"\0" in start else _TEXT)
     return _json(path, content)

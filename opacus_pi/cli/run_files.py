@@ -8,7 +8,6 @@ all of its files are complete, so a run that was interrupted leaves nothing behi
 """
 
 import errno
-import json
 import os
 import secrets
 import shutil
@@ -29,6 +28,7 @@ from opacus_pi.files.checksummed_json import (
     with_json_checksum,
 )
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
+from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.strict_json import json_text
 from opacus_pi.files.weights_file import write_weights
@@ -226,8 +226,8 @@ def read_json(argument: str, path: str | os.PathLike[str]) -> dict[str, Any]:
     with about(argument, "Name a file that opacus-pi wrote."):
         require_regular(path)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, RecursionError):
+            content = plain_json(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
             raise BadInput(

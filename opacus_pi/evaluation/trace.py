@@ -27,6 +27,7 @@ from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, numbers, require
 from opacus_pi.files.atomic_file import replace_file
+from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.regular_file import require_regular
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """
     require_regular(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = plain_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         content = error
     expect(

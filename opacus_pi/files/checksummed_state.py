@@ -43,11 +43,12 @@ def with_checksum(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, _CHECKSUM: _digest(state)}
 
 
-def verified_state(state: Any) -> dict[str, Any]:
+def verified_state(state: Any, where: str | None = None) -> dict[str, Any]:
     """Return the state that ``with_checksum`` was given, if it is unchanged.
 
     Args:
         state: What ``with_checksum`` returned, possibly after saving and loading.
+        where: The file that it is from, if that is known; the message names it.
 
     Returns:
         The entries without ``"checksum"``.
@@ -66,7 +67,7 @@ def verified_state(state: Any) -> dict[str, Any]:
         problem = "does not match its checksum"
     require(
         plain and found.get(_CHECKSUM) == _digest(content),
-        f"The saved state {problem}.",
+        f"The saved state {f'in {where} ' if where else ''}{problem}.",
         "It was edited or damaged: resume from another checkpoint.",
     )
     return content

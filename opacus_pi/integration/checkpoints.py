@@ -265,7 +265,7 @@ def ledger_in_checkpoint(path: str | os.PathLike[str]) -> GradNormLedger:
         "Save it by opacus_pi.PrivacyEngine.save_checkpoint, or save engine.ledger.",
     )
     require_version(entry)
-    state = verified_state(entry)
+    state = verified_state(entry, os.fspath(path))
     custody = Custody.from_json(state["custody"]) if state.get("custody") else Custody()
     recorder = Recorder(
         mode="swept" if state.get("source") == "swept" else "observed",
@@ -382,6 +382,7 @@ class Checkpoints:
         accountant: IAccountant,
         restore_rng: bool,
         checks: RunChecks,
+        source: str,
     ) -> Callable[[], None]:
         """Take our entries from a checkpoint, check them, and change nothing yet.
 
@@ -393,6 +394,7 @@ class Checkpoints:
             accountant: The engine's, with the history from the checkpoint.
             restore_rng: Whether to restore everything that decides how the run goes on.
             checks: Keeps the reasons if the run cannot be continued.
+            source: The name of the file, for messages.
 
         Returns:
             A function that continues what was recorded.
@@ -409,7 +411,7 @@ class Checkpoints:
         if entry != {}:
             try:
                 require_version(entry)
-                state = verified_state(entry)
+                state = verified_state(entry, source)
                 if contents := _part(state, _CONTENTS):
                     known = ItemContents.from_state_dict(contents)
                     loads.append(partial(self._continue_contents, known))

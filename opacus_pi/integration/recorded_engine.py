@@ -390,6 +390,7 @@ class RecordedEngine(Shown, OpacusEngine):
                 accountant=self.accountant,
                 restore_rng=restore_rng,
                 checks=self.checks,
+                source=str(options["path"]),
             )
             resume()
         outside = self._outside_changes()

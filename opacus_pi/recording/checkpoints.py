@@ -283,6 +283,13 @@ class Checkpoints:
         """
         if self._is_started or self._log is None:
             return
+        expect(
+            self.directory.is_dir() or not self.directory.exists(),
+            "checkpoints",
+            self.directory,
+            "must be a directory, or a name that is free",
+            "It is a file. Name another directory.",
+        )
         self.directory.mkdir(parents=True, exist_ok=True)
         found = [*self._files().values(), *blocks_in(self.directory).values()]
         require(
@@ -367,7 +374,8 @@ class Checkpoints:
         """Return the files of states, by number of updates, in order."""
         found = sorted(self.directory.glob(f"{_PREFIX}*.pt"))
         names = {path: path.stem.removeprefix(_PREFIX) for path in found}
-        return {int(name): path for path, name in names.items() if name.isdecimal()}
+        steps = {int(n): path for path, n in names.items() if n.isdecimal()}
+        return {step: path for step, path in steps.items() if path == self._path(step)}
 
     def _path(self, step: int) -> Path:
         """Return the name of a state's file."""

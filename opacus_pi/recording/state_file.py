@@ -67,7 +67,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{error}. {_RESTORE}") from error
     try:
         found = read_torch_file(path, map_location="cpu", remedy=_RESTORE)
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} must be a saved state, got a damaged file ({error}). {_RESTORE}"
         ) from error
@@ -79,7 +79,8 @@ def read_state(path: Path) -> dict[str, Any]:
         _RESTORE,
     )
     state = found.get("state")
-    verified_state({**dict(_leaves("", state)), "checksum": found.get("checksum")})
+    leaves = {**dict(_leaves("", state)), "checksum": found.get("checksum")}
+    verified_state(leaves, str(path))
     content: dict[str, Any] = state
     return content
 

@@ -46,6 +46,7 @@ from opacus_pi.accounting.training_bound import (
     sampling_known,
     worst_case_curve,
 )
+from opacus_pi.files.plain_json import plain_json
 from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.custody import LINKS
 from opacus_pi.ledger.grad_norm_ledger import columns_of, joint_mechanism
@@ -195,7 +196,7 @@ def history_from_json(text: str | None) -> History | None:
     if text is None:
         return UNKNOWN
     try:
-        found: dict[str, Any] = json.loads(text)
+        found: dict[str, Any] = plain_json(text)
         stop = found["stop"]
         rule = None if stop is None else stop_rule(stop)
         if "num_used" not in found:

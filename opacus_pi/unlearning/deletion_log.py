@@ -86,11 +86,14 @@ _ENTRIES_AT_ONCE = 1000  # held in memory while a log is read
 _SECONDS_TO_WAIT = 30.0  # for other processes that write
 # What SQLite says where the place is at fault, not the content of the file.
 _FAULTS_OF_THE_PLACE = {
-    "is full": errno.ENOSPC,
-    "readonly database": errno.EROFS,
-    "unable to open": errno.EACCES,
-    "disk I/O error": errno.EIO,
-    "is locked": errno.ETIMEDOUT,
+    "is full": (errno.ENOSPC, "Free space on the disk, and call again"),
+    "readonly database": (errno.EROFS, "Make the file and its directory writable"),
+    "unable to open": (errno.EACCES, "Make the file and its directory accessible"),
+    "disk I/O error": (
+        errno.EIO,
+        "See whether the disk is full, and call again",
+    ),
+    "is locked": (errno.ETIMEDOUT, "Call again when the other process has finished"),
 }
 _RESTORE = "Restore the file from a copy."
 _SOMETHING_ELSE = "Name a deletion log, or a file that does not exist yet."
@@ -562,9 +565,10 @@ def _raise_ours(error: sqlite3.Error, path: Path, mode: str) -> None:
         # files never have one: the header is damaged.
         is_readable = path.is_file() and os.access(path, os.R_OK)
         _require_whole(not is_readable, path, said)
-    for words, number in _FAULTS_OF_THE_PLACE.items():
+    for words, (number, remedy) in _FAULTS_OF_THE_PLACE.items():
         if words in said:
-            raise OSError(number, f"{os.strerror(number)} ({said})", str(path))
+            what = f"{os.strerror(number)} ({said}). {remedy}; the log is as it was"
+            raise OSError(number, what, str(path))
     if "not a database" in said:
         with path.open("rb") as file:
             lines = file.read(8) == b'{"body":'

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from opacus_pi._validate import expect, require
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
+from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning.claims import History, history_from_json
@@ -121,7 +122,7 @@ def _list_from(text: str | None) -> list[Any]:
         text: JSON text, or None if the file does not have it.
     """
     try:
-        found = json.loads(text or "")
+        found = plain_json(text or "")
     except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, list) else [None]

@@ -18,6 +18,7 @@ from typing import Any
 
 from opacus_pi._validate import expect
 from opacus_pi.files.atomic_file import put_new_file
+from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.regular_file import require_regular
 from opacus_pi.unlearning.deletion_log import (
     START,
@@ -271,7 +272,7 @@ def _require(condition: bool, path: Any, *, foreign: bool, number: int = 0) -> N
 def _entry_of(line: bytes, number: int, previous: str) -> dict[str, Any]:
     """Return the entry in a line; empty unless its number and hashes are right."""
     try:
-        entry: dict[str, Any] = json.loads(line)
+        entry: dict[str, Any] = plain_json(line)
         good = (
             set(entry) == set(_FIELDS)
             and all(type(entry[name]) is kind for name, kind in _FIELDS.items())

@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 from opacus_pi._validate import expect
 from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.kinds import LOG_EXPORT
+from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.strict_json import json_text
 from opacus_pi.unlearning.deletion_log import (
@@ -131,7 +132,7 @@ def _verified(path: Path) -> list[tuple[Entry, str]]:
     """Return the entries of a file with what it says about the content of each."""
     require_regular(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = plain_json(path.read_text(encoding="utf-8-sig"))
         named = content["kind"], content["version"]
         rows = [dict(row) for row in content["entries"]]
         more = sorted(content.keys() - {"kind", "version", "entries"})

@@ -12,6 +12,7 @@ older one in its place; both are noticed and refused.
 
 import errno
 import fcntl
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ _LISTS_OF_EXAMPLES = {
     "forget_indices": "num_forget",
     "forgotten_before": "num_forgotten_before",
 }
+_NUM_FIRST = 8  # entries whose number of examples is looked at before one is added
 _MAX_DIGITS = 1000  # of a whole number as a name
 _HEX = set("0123456789abcdef")
 
@@ -177,7 +179,8 @@ class DeletionRequests:
         """
         name = plain_name("request_id", request_id)
         rows = tuple(self._rows(indices, user).tolist())
-        payload: dict[str, Any] = {"indices": rows}
+        self._require_size()
+        payload: dict[str, Any] = {"indices": rows, "num_examples": self.num_examples}
         if self.data_set is not None:
             payload["data_set"] = self.data_set
         if user is not None:
@@ -190,6 +193,14 @@ class DeletionRequests:
             "Use a new request_id.",
         )
         return known
+
+    def _require_size(self) -> None:
+        """Refuse to add to a log whose first requests name another number of examples.
+
+        A position that its training set does not have would make the log unusable.
+        """
+        for entry in itertools.islice(self.log.entries(), _NUM_FIRST):
+            _require_num_examples(entry, self.num_examples)
 
     @property
     def pending(self) -> list[DeletionRequest]:
@@ -581,6 +592,7 @@ def requests_of(
     """
     found = Requests()
     for entry in entries:
+        _require_num_examples(entry, num_examples)
         _require_data_set(entry, data_set)
         if entry.kind == "request":
             found.hashes[entry.number] = entry.hash
@@ -591,6 +603,25 @@ def requests_of(
             found.done |= _done_of(entry, set(found.submitted) - found.done)
             found.weights_sha256 = entry.payload["weights_sha256"]
     return found
+
+
+def _require_num_examples(entry: Entry, num_examples: int) -> None:
+    """Refuse a request that names another number of examples.
+
+    Args:
+        entry: Any entry. Requests of earlier releases name none.
+        num_examples: Length of the training set.
+    """
+    named = (entry.payload or {}).get("num_examples")
+    if entry.kind != "request" or not isinstance(named, int):
+        return
+    expect(
+        named == num_examples,
+        "num_examples",
+        num_examples,
+        f"must be {named}, the number in entry {entry.number} of the deletion log",
+        "The log belongs to another training set. Open the log of this one.",
+    )
 
 
 def _require_data_set(entry: Entry, data_set: str | None) -> None:

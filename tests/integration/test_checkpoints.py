@@ -1,3 +1,4 @@
+import copy
 import io
 import os
 import stat
@@ -354,6 +355,19 @@ def test_of_another_file_nothing_is_loaded(tmp_path, saved, name, safe):
     assert all(torch.equal(value, after[n]) for n, value in before.items())
     assert not run.engine.accountant.history and not run.optimizer.state
     assert run.train(1).engine.ledger.mechanism.num_steps == 4
+
+
+def test_a_damaged_record_names_the_file(tmp_path, saved):
+    path = tmp_path / "damaged.pt"
+    content = copy.deepcopy(saved)
+    content[CHECKPOINT_KEY]["checksum"] = "0" * 64
+    torch.save(content, path)
+    run = Training(seed=1)
+    where = f"saved state in {path} does not match its checksum"
+    with pytest.raises(ValueError, match=where):
+        run.engine.load_checkpoint(
+            path=path, module=run.model, optimizer=run.optimizer, restore_rng=True
+        )
 
 
 @pytest.mark.filterwarnings("ignore:This run no longer has a ledger")

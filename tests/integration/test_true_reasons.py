@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from opacus_pi.integration.engine import PrivacyEngine
-from opacus_pi.recording import AccountingError
-from opacus_pi.recording.state_file import read_state
+from opacus_pi.recording import AccountingError, Checkpoints, Recorder
+from opacus_pi.recording.state_file import read_state, write_state
 
 NUM, BATCH = 24, 6
 CRITERION = nn.CrossEntropyLoss()
@@ -174,6 +174,32 @@ def test_a_pipe_in_place_of_a_saved_state(tmp_path):
     os.mkfifo(path)
     with pytest.raises(ValueError, match="not a pipe"):
         read_state(path)
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    path = tmp_path / "state-00000000.pt"
+    write_state(path, {"weights": torch.arange(64)})
+    content = torch.load(path)
+    content["state"]["weights"][3] = 7
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=f"in {path} does not match its checksum"):
+        read_state(path)
+
+
+def test_names_that_no_state_has_are_passed_over(tmp_path):
+    states = Checkpoints(tmp_path)
+    for stray in ("state-1.pt", "state-\u0660\u0661.pt", "state-x.pt"):
+        (tmp_path / stray).write_bytes(b"")
+    assert states.steps == []
+
+
+def test_a_file_in_place_of_the_directory_of_states(tmp_path):
+    (tmp_path / "states").write_text("notes")
+    recorder = Recorder(checkpoints=Checkpoints(tmp_path / "states"))
+    run = Run(two_layers(), lambda: PrivacyEngine(recorder=recorder))
+    with pytest.raises(ValueError, match="checkpoints must be a directory"):
+        run.epoch()
+    assert (tmp_path / "states").read_text() == "notes"
 
 
 def test_a_refused_checkpoint_changes_nothing(tmp_path):

@@ -45,6 +45,17 @@ def test_the_chain_is_whole_and_the_rest_withheld(log, path):
     assert checked.redacted == (0,) and checked.num_added == 0
 
 
+@pytest.mark.parametrize("name", ["body", "name", "salt", "hash", "number"])
+def test_a_name_that_is_given_twice_is_refused(log, path, name):
+    """Readers that take the first of two would read something else."""
+    text = path.read_text()
+    start = text.rindex(f'"{name}"')
+    path.write_text(f'{text[:start]}"{name}": "false", {text[start:]}')
+    json.loads(path.read_text())  # which takes the last
+    with pytest.raises(ValueError, match="must be a whole file"):
+        verify_export(path, log.head)
+
+
 def test_the_hashes_need_no_program_of_ours(path):
     """As the page for auditors describes them."""
     previous = "0" * 64

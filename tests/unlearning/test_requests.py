@@ -20,7 +20,7 @@ from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.ledger import fingerprint
 from opacus_pi.unlearning import FineTune, Unlearner
 from opacus_pi.unlearning import requests as requests_module
-from opacus_pi.unlearning.deletion_log import verify
+from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from opacus_pi.unlearning.honouring_weights import stored_weights
 from opacus_pi.unlearning.loop import StopWhen
 from opacus_pi.unlearning.requests import (
@@ -314,11 +314,31 @@ def test_a_log_may_be_opened_through_a_link(tmp_path):
         DeletionRequests(tmp_path / "other.db", SIZE).resume(unlearner())
 
 
+def test_a_log_of_another_number_of_examples_takes_no_request(tmp_path):
+    """It would name a position that the log's own training set does not have."""
+    submitted(tmp_path)
+    before = [*DeletionLog(tmp_path / "deletions.db").entries()]
+    for size in (SIZE + 1, SIZE - 1):
+        other = DeletionRequests(tmp_path / "deletions.db", size)
+        with pytest.raises(ValueError, match=f"num_examples must be {SIZE}"):
+            other.submit("late", indices=[size - 1])
+    assert [*DeletionLog(tmp_path / "deletions.db").entries()] == before
+    DeletionRequests(tmp_path / "deletions.db", SIZE).submit("late", indices=[3])
+
+
+def test_a_log_of_an_earlier_release_names_no_number_of_examples(tmp_path):
+    log = DeletionLog(tmp_path / "deletions.db")
+    log.append("request", {"indices": [2]}, name="old")
+    mine = requests(tmp_path)
+    mine.submit("new", indices=[3])
+    assert [r.request_id for r in mine.pending] == ["old", "new"]
+
+
 def test_a_record_about_another_training_set_is_refused(tmp_path):
     submitted(tmp_path)
     smaller = DeletionRequests(tmp_path / "deletions.db", 9)
     with pytest.raises(
-        ValueError, match="Entry 1 of the .* must be .* sorted indices below 9"
+        ValueError, match="num_examples must be 20, the number in entry 0"
     ):
         _ = smaller.pending
     with pytest.raises(ValueError, match="log belongs to another training set"):
