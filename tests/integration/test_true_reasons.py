@@ -190,7 +190,7 @@ def test_names_that_no_state_has_are_passed_over(tmp_path):
     states = Checkpoints(tmp_path)
     for stray in ("state-1.pt", "state-\u0660\u0661.pt", "state-x.pt"):
         (tmp_path / stray).write_bytes(b"")
-    assert states.steps == []
+    assert not states.steps
 
 
 def test_a_file_in_place_of_the_directory_of_states(tmp_path):
