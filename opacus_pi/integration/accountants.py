@@ -43,9 +43,11 @@ from opacus_pi.files.checksummed_state import verified_state, with_checksum
 from opacus_pi.files.weights_file import tensors_from_bytes, tensors_to_bytes
 from opacus_pi.recording import Recorder
 
-__all__ = ["AccountantBound", "PerInstanceAccountant", "bound_of"]
+__all__ = ["AccountantBound", "PerInstanceAccountant", "bound_of", "charges_less"]
 
 _RECORD = "per_instance_record"
+_ALIKE = 1e-6  # relative difference of numbers that count as equal
+_LATEST = 3  # entries of an accountant in which an update is looked for
 
 
 def num_steps_of(accountant: IAccountant) -> int:
@@ -126,6 +128,31 @@ def bound_of(accountant: IAccountant, mechanism: NoisySGD) -> AccountantBound | 
     ):
         return None
     return AccountantBound(copy.deepcopy(accountant))
+
+
+def charges_less(accountant: IAccountant | None, settings: Mapping[str, Any]) -> bool:
+    """Return whether an accountant has counted a better update than the last one was.
+
+    A hook of the user may change the optimizer before the accountant's own hook counts,
+    or that hook may have been attached with another sample rate.
+
+    Args:
+        accountant: The accountant, after the update; None: there is none.
+        settings: ``noise_std``, ``max_grad_norm`` and ``sample_rate`` of the update.
+
+    Returns:
+        Whether none of its latest entries has as little noise and as large a rate. The
+        loop may have charged other releases after the update. False if it has no
+        entries, or keeps none of this form.
+    """
+    entries = getattr(accountant, "history", None)
+    try:
+        latest = [(float(noise), float(rate)) for noise, rate, _ in entries[-_LATEST:]]
+    except (TypeError, ValueError):
+        return False
+    noise = settings["noise_std"] / settings["max_grad_norm"] * (1 + _ALIKE)
+    rate = settings["sample_rate"] * (1 - _ALIKE)
+    return bool(latest) and not any(n <= noise and r >= rate for n, r in latest)
 
 
 def noise_std_of(optimizer: DPOptimizer) -> float:

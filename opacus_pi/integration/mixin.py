@@ -358,6 +358,8 @@ class PerInstanceMixin(RecordedEngine):
             self.checks.add(str(error))
         run.begin_chain(self)
         update = run.first_update(recorder, self.renyi_filter)
+        engine = weakref.ref(self)
+        update.accountant = lambda: getattr(engine(), "accountant", None)
         current = CurrentRun(
             run.tracker,
             weakref.ref(run.module),

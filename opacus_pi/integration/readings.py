@@ -46,12 +46,15 @@ _NOT_COUNTED = (
     "call the parts of optimizer.step instead of it, or the accountant's history was "
     "changed."
 )
-_SEVERAL_CLIP_NORMS = (
-    "get_epsilon returns Opacus's number, which is too small: max_grad_norm was "
-    "lowered within an update, so some examples were clipped to a larger norm than "
-    "the noise was made for. The ledger has the larger norm; engine.epsilons(delta) "
-    "and engine.privacy_statement use it. Step a scheduler of max_grad_norm after "
-    "updates only: inside BatchMemoryManager an update has several batches."
+_CHARGED_TOO_LITTLE = (
+    "get_epsilon returns Opacus's number, which is too small: the accountant has "
+    "counted an update as if it had more noise, a smaller clip norm or a smaller "
+    "sample rate than it had. Either max_grad_norm was lowered within an update, so "
+    "some examples were clipped to a larger norm than the noise was made for: step a "
+    "scheduler of it after updates only, for inside BatchMemoryManager an update has "
+    "several batches. Or a step hook changes the optimizer before the accountant's own "
+    "hook counts, or that hook was attached with another sample_rate. The ledger has "
+    "the true settings; engine.epsilons(delta) and engine.privacy_statement use them."
 )
 _NONE_COUNTED = (
     "The accountant has counted none of {} updates, so it has no epsilon. It counts in "
@@ -246,7 +249,7 @@ class Readings:
             text = _NOT_COUNTED.format(num_counted, num_made)
             warnings.warn(text, stacklevel=_USERS_LINE)
         if self.is_private and self.recorder.is_charged_too_little:
-            warnings.warn(_SEVERAL_CLIP_NORMS, stacklevel=_USERS_LINE)
+            warnings.warn(_CHARGED_TOO_LITTLE, stacklevel=_USERS_LINE)
         refusal = self.recorder.refusal
         if refusal:
             warnings.warn(_BROKEN.format(refusal), stacklevel=_USERS_LINE)

@@ -8,7 +8,7 @@ to the weights.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import ModelProbe
-from opacus_pi.integration.accountants import noise_std_of
+from opacus_pi.integration.accountants import charges_less, noise_std_of
 from opacus_pi.integration.checks import (
     OutsideChanges,
     batch_norms,
@@ -53,6 +53,10 @@ _DRAWN_TWICE = (
     "what it contributes. Draw each example at most once per optimizer.step()."
 )
 _ROUNDING = 1e-9
+
+
+def _nothing() -> None:
+    """Return None, in place of an accountant."""
 
 
 @dataclass(eq=False)
@@ -86,6 +90,7 @@ class UpdateUnderWay:
         lost: Finds gradients that updates leave out; None: nothing looks for them.
         loop_loss: Compares updates with a criterion that was audited; None: none was.
         swept: The model that sweeps measure; None: norms are observed.
+        accountant: Returns the engine's accountant; None if the engine is gone.
         is_superseded: Whether a later ``make_private`` of the same engine has begun
             another run. Updates of this one are then not recorded but refused.
 
@@ -110,6 +115,7 @@ class UpdateUnderWay:
     lost: LostGradients | None = None
     loop_loss: LoopLoss | None = None
     swept: SweptModel | None = None
+    accountant: Callable[[], Any] = _nothing
     is_superseded: bool = False
     optimizer: weakref.ref[DPOptimizer] | None = field(init=False, default=None)
     has_gradients_by_hand: bool = field(init=False)
@@ -290,6 +296,8 @@ class UpdateUnderWay:
                 self.chain.break_link(link, reason)
         self._examples, self._is_distinct = [], True
         if not self.is_superseded:
+            if charges_less(self.accountant(), settings):
+                self.recorder.note_small_charge()
             self.recorder.step(**settings)
             if self.swept is not None:
                 self.swept.update_was_made(self.chain)
