@@ -86,6 +86,7 @@ class CollateIdentity:
         notes: Causes that concern all samples.
         cause: Why samples match no item.
         has_more: Whether the batch has entries that its items do not have.
+        num_left_out: How many items are in no sample, without those that are None.
         contents: int64 ``(n,)``: a checksum of the largest part of each item; None: the
             items are the samples of the batch.
         labels: int64 ``(n, p)``: checksums of the small parts of each item.
@@ -95,6 +96,7 @@ class CollateIdentity:
     notes: tuple[Cause, ...] = ()
     cause: Cause = CHANGED_IN_COLLATE
     has_more: bool = False
+    num_left_out: int = 0
     contents: NDArray[np.int64] | None = None
     labels: NDArray[np.int64] | None = None
 
@@ -141,11 +143,17 @@ class FollowingCollate:
         if not isinstance(items, list | tuple):  # __getitems__ may return anything
             return FollowedBatch(self.collate_fn(items), UNCHECKED)
         fingerprints = fingerprint_items(items)
+        num_items = sum(item is not None for item in items)
         batch = self.collate_fn(items)
         with torch.no_grad():
             identity = follow(fingerprints, batch, self.batch_dim)
-        contents, labels = contents_of(fingerprints), labels_of(fingerprints)
-        return FollowedBatch(batch, replace(identity, contents=contents, labels=labels))
+        identity = replace(
+            identity,
+            num_left_out=_num_left_out(identity.items, num_items),
+            contents=contents_of(fingerprints),
+            labels=labels_of(fingerprints),
+        )
+        return FollowedBatch(batch, identity)
 
 
 def keeps_order(collate_fn: Callable[..., Any] | None) -> bool:
@@ -180,6 +188,21 @@ def follow(items: ItemFingerprints, batch: Any, batch_dim: int) -> CollateIdenti
     identity = _matched(items, samples)
     is_whole = is_only_samples and _are_whole_items(items, samples, identity.items)
     return identity if is_whole else replace(identity, has_more=True)
+
+
+def _num_left_out(chosen: Indices | None, num_items: int) -> int:
+    """Return how many items are in no sample of a batch.
+
+    Args:
+        chosen: Which item each sample is, -1 if it matches none, which may be any of
+            the others; None: all items, in order.
+        num_items: The number of items.
+    """
+    if chosen is None:
+        return 0
+    is_known = chosen >= 0
+    num_used = len(np.unique(chosen[is_known])) + np.count_nonzero(~is_known)
+    return max(0, num_items - int(num_used))
 
 
 def _matched(items: ItemFingerprints, samples: "list[Samples]") -> CollateIdentity:

@@ -100,6 +100,13 @@ _LEFT_OUT = (
     "decides whether others are used. No accounting covers that. Choose examples in "
     "the sampler, independently of the data."
 )
+_DROPPED = (
+    "collate_fn left out some of the items that it was given. If it chose them by "
+    "looking at the other items, for example to limit the size of a batch, one example "
+    "decides whether others are used. No accounting covers that. Choose examples in "
+    "the sampler, independently of the data. If an item is left out because of that "
+    "item alone, for example because it cannot be read, nothing needs to be done."
+)
 _SKIPPED = (
     "{num} of {total} batches that the loader delivered entered no update, and later "
     "ones did. If the loop chose its batches by looking at the examples, for example "
@@ -137,6 +144,7 @@ class Tracker:
         num_left_out: Of the batches that the loop used, the number of samples that it
             did not use.
         has_additions: Whether ``collate_fn`` returned more than its items.
+        has_dropped: Whether ``collate_fn`` left out items.
         contents: What each index of the data set contained when it was first delivered.
         indexes_plainly: Whether the data set is known to keep the order of its
             examples, however it changes them.
@@ -170,7 +178,7 @@ class Tracker:
         self.forgot_passes: list[Callable[[], None]] = []
         self.num_left_out = 0
         self._skipped, self._said_skipped = SkippedBatches(), ""
-        self.has_additions = False
+        self.has_additions = self.has_dropped = False
         self.causes: dict[str, int] = {}
         self._recent: deque[Delivery] = deque()
         self._default_pass = LoaderPass()
@@ -230,6 +238,7 @@ class Tracker:
             identity=identity,
         )
         self.has_additions |= identity.has_more
+        self.has_dropped |= identity.num_left_out > 0
         self._compare_contents(delivery)
         looks = self.looks_at_batch
         is_kept = looks is not None and looks(delivery, batch)
@@ -546,6 +555,8 @@ class Tracker:
         latest = 0 if self.latest is None else self.latest.num_left  # perhaps to come
         if self.num_left_out > latest:
             chain.leave_unchecked("draw", _LEFT_OUT, warn=False)
+        if self.has_dropped:
+            chain.leave_unchecked("draw", _DROPPED, warn=False)
         self._report_skipped(chain)
         if self.has_additions:
             added = ADDED_IN_COLLATE
