@@ -18,7 +18,8 @@ be in the order of the items.
 are found if a sample is a sum of two items, or consists of entries of two items; a
 transform that is not linear hides them. What a batch has besides its items (padding,
 masks, a mean over the batch) is compared with nothing; ``has_more`` says that there is
-such a thing. A data set whose ``__getitems__`` returns items in another order than it
+such a thing. Items that were left out are counted (``num_left_out``) if the samples
+could be compared; why they were is not known. A data set whose ``__getitems__`` returns items in another order than it
 was asked for is not noticed.
 
 >>> import torch
@@ -186,7 +187,9 @@ def follow(items: ItemFingerprints, batch: Any, batch_dim: int) -> CollateIdenti
         return BY_CONSTRUCTION
     samples = [_as_samples(items, tensor, batch_dim) for tensor in tensors]
     identity = _matched(items, samples)
+    has_others = identity.items is not None and len(identity.items) > len(items)
     is_whole = is_only_samples and _are_whole_items(items, samples, identity.items)
+    is_whole &= not has_others
     return identity if is_whole else replace(identity, has_more=True)
 
 

@@ -552,11 +552,7 @@ class Tracker:
         if sum(self.counts.values()):
             for link in ("identity", "rows"):
                 chain.check(link, _EVIDENCE[link])
-        latest = 0 if self.latest is None else self.latest.num_left  # perhaps to come
-        if self.num_left_out > latest:
-            chain.leave_unchecked("draw", _LEFT_OUT, warn=False)
-        if self.has_dropped:
-            chain.leave_unchecked("draw", _DROPPED, warn=False)
+        self._report_unused(chain)
         self._report_skipped(chain)
         if self.has_additions:
             added = ADDED_IN_COLLATE
@@ -576,6 +572,14 @@ class Tracker:
                 chain.break_link("rows", cause.explanation)
             elif cause.state != "repeated":
                 chain.leave_unchecked(cause.link, cause.explanation, warn=False)
+
+    def _report_unused(self, chain: Chain) -> None:
+        """Report that the loop or ``collate_fn`` left out a part of a batch."""
+        latest = 0 if self.latest is None else self.latest.num_left  # perhaps to come
+        if self.num_left_out > latest:
+            chain.leave_unchecked("draw", _LEFT_OUT, warn=False)
+        if self.has_dropped:
+            chain.leave_unchecked("draw", _DROPPED, warn=False)
 
     def _report_skipped(self, chain: Chain) -> None:
         """Report how many delivered batches entered no update; warn of it once."""

@@ -3,37 +3,34 @@
 A ``collate_fn`` may pad examples to the longest of the batch, or compute values of all
 of them. Then an example's gradient may depend on which others are in its batch, which
 neither clipping nor accounting covers. So each example of an audited batch is collated
-again among other items: its position and the number of items stay, and the places of
-the others are filled with copies of one item, the smallest. The norm of its gradient,
-alone, must not change.
+again among other items (:mod:`~opacus_pi.integration.collations`): among copies of the
+smallest item and of the largest, in its own place, and alone. If its rows are not the
+same then, the norm of its gradient, alone, must be. Nor may it depend on the others
+whether an example is left out.
 
 *Guarantee.* Random numbers start in the same state for each call, a copy of
 ``collate_fn`` is called on copies of the items, and all random states are restored.
 
-*What breaks it.* A dependence that this smallest item does not show, or that changes
-the direction of gradients only. A ``collate_fn`` that draws random numbers or counts
-its calls is judged only if all items have the same shape: otherwise the other items
-may have changed what it draws.
+*What breaks it.* A dependence that neither of these items shows, or that changes the
+direction of gradients only. A ``collate_fn`` that draws random numbers or counts its
+calls is not given an item alone, and is judged only if all items have the same shape:
+otherwise the other items may have changed what it draws. Examples that it adds from
+elsewhere are not seen, so nothing is said of one that refers to the data set
+(:mod:`~opacus_pi.custody.reached_data`).
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from opacus_pi.attribution import keeps_order
 from opacus_pi.attribution.causes import ADDED_IN_COLLATE
-from opacus_pi.attribution.collate_identity import FollowingCollate
-from opacus_pi.attribution.delivery import sample_dim
-from opacus_pi.attribution.item_fingerprints import fingerprint_items
-from opacus_pi.attribution.samples import tensors_in
 from opacus_pi.custody import Chain
-from opacus_pi.custody.function_copies import copy_of_function
+from opacus_pi.custody.reached_data import reaches_data
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audit import Audit, AuditRow, audit_batch, finding_of
 from opacus_pi.integration.audited_run import AuditedRun, Examples
@@ -46,14 +43,13 @@ from opacus_pi.integration.audited_update import (
     rounding_of,
     times_as_large,
 )
+from opacus_pi.integration.collations import Collated, Collation, Company
 from opacus_pi.models.batches import (
     device_of,
     inputs_and_targets,
     rows_of,
-    tensors_of,
     to_device,
 )
-from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.recording import Recorder
 
 __all__ = ["audit_items", "tell_of_collate"]
@@ -81,6 +77,23 @@ _RANDOM = (
     "whether what it makes of an example depends on the others of its batch. Draw "
     "random numbers in the data set, or pad to a fixed length."
 )
+_CHOSEN = (
+    "Among other items collate_fn left out an example that it had kept, or kept one "
+    "that it had left out. So an example decides whether others are used, for example "
+    "because the size of the batch is limited, and no accounting covers that. Choose "
+    "examples in the sampler, independently of the data."
+)
+_READS = (
+    "collate_fn adds something to the items and refers to the data set, so it can add "
+    "examples that are not in the batch, such as negatives. max_grad_norm does not "
+    "bound what such an example contributes, and the ledger does not count it. If "
+    "collate_fn adds no examples, nothing needs to be done. Otherwise add none."
+)
+_ADDS = (
+    "collate_fn returned {size} samples of {num} items. If an item is in several of "
+    "them, or if others were added to the items, max_grad_norm does not bound what an "
+    "example contributes. Return one sample for each item."
+)
 _NOT_RUN = (
     "collate_fn could not be called again on other items ({error}), so it is not known "
     "whether what it makes of an example depends on the others of its batch. Make it "
@@ -91,21 +104,6 @@ _NOT_MATCHED = (
     "whether what it makes of an example depends on the others of its batch. Transform "
     "items in the data set instead, and audit again."
 )
-
-
-@dataclass(frozen=True)
-class _Collation:
-    """A collated batch, and where its items are in it.
-
-    Args:
-        batch: What ``collate_fn`` returned.
-        places: For each item its position, or -1; None: not known.
-        size: The number of samples.
-    """
-
-    batch: Any
-    places: Sequence[int] | None
-    size: int
 
 
 def audit_items(
@@ -147,15 +145,16 @@ def audit_items(
         loss = TrainedLoss(criterion, run)
         try:
             with measuring():
-                collated = _Collated(kept, examples, run.batch_dim)
-                row = _row(audit, collated, loss, model, run)
+                collated = Collated(kept, examples, run.batch_dim)
+                comparison = _Comparison(audit, collated, loss, model, run)
+                row = _unless_data_are_read(comparison.row(), collated, examples)
         except (*MODEL_ERRORS, copy.Error) as error:
             row = AuditRow("batch", None, _NOT_RUN.format(error=_first_line(error)))
     return replace(audit, rows=(*audit.rows, row))
 
 
 def tell_of_collate(audit: Audit, chain: Chain) -> None:
-    """Report what an audit found about ``collate_fn`` to the link "rows".
+    """Report what an audit found about ``collate_fn`` to the link "rows" or "draw".
 
     Args:
         audit: The audit, with a row "batch" or without.
@@ -163,7 +162,7 @@ def tell_of_collate(audit: Audit, chain: Chain) -> None:
     """
     for row in (row for row in audit.rows if row.name == "batch"):
         chain.settle("rows", ADDED_IN_COLLATE.explanation)
-        finding_of(row).tell(chain, "rows")
+        finding_of(row).tell(chain, "draw" if row.sentence == _CHOSEN else "rows")
 
 
 def _first_line(error: BaseException) -> str:
@@ -171,135 +170,158 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def _row(
-    audit: Audit,
-    collated: "_Collated",
-    loss: TrainedLoss,
-    model: nn.Module,
-    run: AuditedRun,
+def _unless_data_are_read(
+    row: AuditRow, collated: Collated, examples: Examples
 ) -> AuditRow:
-    """Compare the norms of each example in its batch with those among other items."""
-    whole, size = collated.among_its_own(), len(audit.expected)
-    before, after = [], []
-    for item in range(min(size, len(collated.items))):
-        if whole.places is None and size != len(collated.items):
-            break
-        place = item if whole.places is None else whole.places[item]
-        other = collated.among_others(item)
-        now = item
-        if whole.places is not None and other.places is not None:
-            now = other.places[item]
+    """Return a row, or that examples from elsewhere may have been added.
+
+    Args:
+        row: What the comparison found.
+        collated: Collates the items of the batch.
+        examples: Has the data set and the ``collate_fn``.
+    """
+    function, has_more = examples.collate_fn, collated.among_its_own().has_more
+    if row.passed is False or not has_more or function is None:
+        return row
+    is_read = reaches_data(function, examples.data_set)
+    return AuditRow("batch", None, _READS) if is_read else row
+
+
+class _Comparison:
+    """Compares each example in its batch with the same example among other items.
+
+    Args:
+        audit: The audit of the batch.
+        collated: Collates its items again.
+        loss: The criterion.
+        model: The model.
+        run: How it is trained.
+    """
+
+    def __init__(
+        self,
+        audit: Audit,
+        collated: Collated,
+        loss: TrainedLoss,
+        model: nn.Module,
+        run: AuditedRun,
+    ) -> None:
+        self._expected, self._collated = audit.expected, collated
+        self._loss, self._model, self._run = loss, model, run
+        self._whole, self._is_random = collated.among_its_own(), collated.is_random()
+        self._compared: set[int] = set()
+        self._norms: list[tuple[float, float]] = []  # in the batch, and among others
+
+    def row(self) -> AuditRow:
+        """Return what was found."""
+        whole, num = self._whole, len(self._collated.items)
+        if whole.size > num:
+            return AuditRow("batch", None, _ADDS.format(size=whole.size, num=num))
+        is_known = whole.places is not None or len(self._expected) == num
+        for item in range(num if is_known else 0):
+            problem = self._compare(item)
+            if problem:
+                return AuditRow("batch", False, problem)
+        if not self._compared:
+            return AuditRow("batch", None, _NOT_MATCHED)
+        own, others = torch.tensor([*self._norms, (0.0, 0.0)], dtype=torch.float64).T
+        if largest_gap(others, own) <= rounding_of(self._model):
+            text = _SAME.format(size=len(self._compared))
+            return AuditRow("batch", True, text)
+        if self._is_random and not self._collated.has_one_shape:
+            return AuditRow("batch", None, _RANDOM)
+        difference = times_as_large(others[:-1], own[:-1])
+        return AuditRow("batch", False, _COUPLED.format(difference=difference))
+
+    def _compare(self, item: int) -> str:
+        """Compare one example among its own and among other items.
+
+        Args:
+            item: Its position among the items.
+
+        Returns:
+            What is wrong; empty if norms must decide it, or nothing is wrong.
+        """
+        place, known = self._whole.place_of(item), list[list[Tensor]]()
+        if place >= 0 and (rows := self._whole.rows(place, self._run.batch_dim)):
+            known.append(rows)
+        may_be_alone = not self._is_random
+        for company in self._collated.companies(item, may_be_alone=may_be_alone):
+            try:
+                problem = self._compare_in(company, item, known)
+            except MODEL_ERRORS:
+                if not company.is_alone:  # a batch of one may be impossible
+                    raise
+            else:
+                if problem:
+                    return problem
+        return ""
+
+    def _compare_in(
+        self, company: Company, item: int, known: list[list[Tensor]]
+    ) -> str:
+        """Compare one example among its own and in one company.
+
+        Args:
+            company: The other items.
+            item: The position of the example among its own.
+            known: Rows of it whose norm was computed; these are added.
+        """
+        whole, other = self._whole, self._collated.with_company(company)
+        place, now = whole.place_of(item), other.place_of(company.place)
+        if not self._is_random and _is_chosen(whole, item, other, company.place):
+            return _CHOSEN
         if place < 0 or now < 0:
-            continue
-        if whole.places is None and collated.has_moved(other, item):
-            return AuditRow("batch", False, _MOVED)
-        x, y = to_device(inputs_and_targets(other.batch), device_of(model))
-        one, target = rows_of((x, y), [now], other.size, run.batch_dim)
-        copied = quiet_copy(model, run)
-        before.append(audit.expected[place])
-        after.append(norms_alone(copied, loss, one, target, run.batch_dim)[0])
-    if not before:
-        return AuditRow("batch", None, _NOT_MATCHED)
-    own, among_others = torch.stack(before), torch.stack(after)
-    if largest_gap(among_others, own) <= rounding_of(model):
-        return AuditRow("batch", True, _SAME.format(size=len(own)))
-    if not collated.has_one_shape and collated.is_random():
-        return AuditRow("batch", None, _RANDOM)
-    difference = times_as_large(among_others, own)
-    return AuditRow("batch", False, _COUPLED.format(difference=difference))
+            return ""
+        if whole.places is None and self._collated.has_moved(other, company.place):
+            return _MOVED
+        rows = other.rows(now, self._run.batch_dim)
+        if rows is None or not any(_are_equal(rows, own) for own in known):
+            self._norms.append((float(self._expected[place]), self._norm(other, now)))
+            known += [] if rows is None else [rows]
+        self._compared.add(item)
+        return ""
+
+    def _norm(self, collation: Collation, place: int) -> float:
+        """Return the norm of the gradient of one sample of a batch.
+
+        Args:
+            collation: The batch.
+            place: The position of the sample.
+        """
+        dim, model = self._run.batch_dim, self._model
+        x, y = to_device(inputs_and_targets(collation.batch), device_of(model))
+        one, target = rows_of((x, y), [place], collation.size, dim)
+        copied = quiet_copy(model, self._run)
+        return float(norms_alone(copied, self._loss, one, target, dim)[0])
 
 
-class _Collated:
-    """Collates the items of a batch again, each among copies of a small one.
+def _is_chosen(whole: Collation, item: int, other: Collation, place: int) -> bool:
+    """Return whether an item is left out of one batch and not of another one.
+
+    If the batch has all of its items, it may be any of them.
 
     Args:
-        items: The items.
-        examples: Has the ``collate_fn``.
-        batch_dim: The dimension that runs over the samples.
+        whole: The batch.
+        item: The item's position among the items of the batch.
+        other: The other batch.
+        place: The item's position among the items of the other batch.
     """
-
-    def __init__(self, items: list[Any], examples: Examples, batch_dim: int) -> None:
-        self.items = items
-        self._function = examples.collate_fn or default_collate
-        self._batch_dim = batch_dim
-        self._fingerprints = fingerprint_items(items)
-        self._by_width = np.argsort(
-            self._fingerprints.widths.sum(axis=1), kind="stable"
-        ).tolist()
-
-    @property
-    def has_one_shape(self) -> bool:
-        """Whether all items are known to have the same shapes."""
-        shapes = self._fingerprints.shapes
-        widths = self._fingerprints.widths
-        return bool((widths > 0).all()) and all(len(set(part)) == 1 for part in shapes)
-
-    def among_its_own(self) -> _Collation:
-        """Return the batch of the items."""
-        return self._collate(list(range(len(self.items))))
-
-    def among_others(self, item: int) -> _Collation:
-        """Return the batch in which one item keeps its place, and another fills it.
-
-        Args:
-            item: Which item.
-        """
-        filling = next(other for other in self._by_width if other != item)
-        chosen = [filling] * len(self.items)
-        chosen[item] = item
-        return self._collate(chosen)
-
-    def is_random(self) -> bool:
-        """Return whether two calls on the same items return different batches."""
-        collate = copy_of_function(self._function)
-        one, other = (tensors_of(collate(copy.deepcopy(self.items))) for _ in range(2))
-        return len(one) != len(other) or not all(map(torch.equal, one, other))
-
-    def has_moved(self, collation: _Collation, item: int) -> bool:
-        """Return whether the one sample that is not like the others is elsewhere.
-
-        Args:
-            collation: What ``among_others`` returned.
-            item: The item that was not replaced.
-        """
-        found = set()
-        for tensor in tensors_in(collation.batch):
-            dim = sample_dim(tensor, collation.size, self._batch_dim)
-            if dim is not None and collation.size > 2:
-                found |= _odd_row(tensor.movedim(dim, 0))
-        return bool(found) and item not in found
-
-    def _collate(self, chosen: list[int]) -> _Collation:
-        """Collate items, from the same state of all generators in each call.
-
-        Args:
-            chosen: Which items.
-        """
-        collate = FollowingCollate(
-            copy_of_function(self._function),
-            is_single=False,
-            batch_dim=self._batch_dim,
-        )
-        items = [copy.deepcopy(self.items[item]) for item in chosen]
-        with random_state_untouched():
-            batch, identity = collate(items)
-        if identity.notes:
-            return _Collation(batch, None, len(chosen))
-        order = list(range(len(chosen)))
-        if identity.items is not None:
-            order = identity.items.tolist()
-        places = [order.index(i) if i in order else -1 for i in range(len(chosen))]
-        return _Collation(batch, places, len(order))
+    if not whole.num_left_out:
+        return other.num_left_out > 0
+    is_kept = whole.place_of(item) >= 0, other.place_of(place) >= 0
+    is_left_out = whole.is_left_out(item), other.is_left_out(place)
+    return (is_kept[0] and is_left_out[1]) or (is_left_out[0] and is_kept[1])
 
 
-def _odd_row(rows: Tensor) -> set[int]:
-    """Return the row that differs from all others, which are equal; else nothing.
+def _are_equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Return whether two samples are equal in all that their batches have of them.
 
     Args:
-        rows: ``(b, ...)`` with b at least 3.
+        one: The rows of one of them.
+        other: The rows of the other.
     """
-    usual = (
-        rows[0] if any(torch.equal(rows[0], other) for other in rows[1:]) else rows[1]
+    return len(one) == len(other) and all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        for a, b in zip(one, other, strict=True)
     )
-    differs = [i for i, row in enumerate(rows) if not torch.equal(row, usual)]
-    return set(differs) if len(differs) == 1 else set()

@@ -112,6 +112,33 @@ def reordered(items):
     return default_collate(items[::-1])
 
 
+def cut_to_shortest(items):
+    x, y = zip(*items, strict=True)
+    size = min(map(len, x))
+    return torch.stack([one[:size] for one in x]), torch.tensor(y)
+
+
+def first_items(items):
+    return default_collate(items[:6])
+
+
+def within_a_budget(items):
+    """Limits the sum of the lengths, which the audited batch does not reach."""
+    kept, total = [], 0
+    for item in items:
+        total += len(item[0])
+        if total <= 40:
+            kept.append(item)
+    return padded(kept)
+
+
+def for_several(items):
+    """Cannot be called on one item."""
+    x, y = default_collate(items)
+    assert len(x) > 1
+    return torch.cat([x, x.sum(1, keepdim=True).expand_as(x)], dim=1), y
+
+
 def prepared(collate, data=None, module=None):
     data = numbers() if data is None else data
     torch.manual_seed(0)
@@ -155,6 +182,7 @@ def rows_link(engine):
         lambda: wide(with_mean),
         lambda: prepared(centred),
         lambda: prepared(mixed_up),
+        lambda: on_tokens(cut_to_shortest, is_masked=False),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*[Ss]amples", "ignore:This run no longer")
@@ -181,6 +209,7 @@ class AsLists(Tokens):
         lambda: on_tokens(padded_sorted, is_masked=True),
         lambda: prepared(padded_in_place, AsLists(), Mean(is_masked=True)),
         lambda: wide(with_length),
+        lambda: wide(for_several),
         lambda: prepared(noisy),
         lambda: prepared(noisy_by_numpy),
     ],
@@ -194,6 +223,62 @@ def test_harmless_rows_are_said_and_then_checked(prepare):
     assert rows_link(engine).state == "checked"
     train()
     assert rows_link(engine).state == "checked"
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda: prepared(first_items),
+        lambda: on_tokens(within_a_budget, is_masked=True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:This run no longer")
+def test_an_audit_finds_that_the_others_decide_who_is_left_out(prepare):
+    engine, train, _ = prepare()
+    train()
+    assert engine.audit(criterion)["batch"].passed is False
+    with pytest.raises(AccountingError, match="an example decides whether others"):
+        _ = engine.ledger
+
+
+class WithNegatives(TensorDataset):
+    """Adds examples of its own to those of a batch, or only uses its options."""
+
+    scale = 1.0
+
+    def with_others(self, items):
+        x, y = default_collate(items)
+        others = torch.randint(len(self), (len(x),))
+        return torch.cat([x, self.tensors[0][others]], dim=1), y
+
+    def without_others(self, items):
+        x, y = default_collate(items)
+        return torch.cat([x, self.scale * x.sum(1, keepdim=True).expand_as(x)], 1), y
+
+
+def test_a_collate_fn_that_may_add_examples_of_the_data_set_stays_unchecked():
+    data = WithNegatives(*numbers().tensors)
+    engine, train, _ = prepared(data.with_others, data, nn.Linear(2 * WIDTH, 3))
+    train()
+    with pytest.warns(UserWarning, match="refers to the data set"):
+        engine.audit(criterion)
+    assert rows_link(engine).state == "unchecked"
+    engine, train, _ = prepared(data.without_others, data, nn.Linear(2 * WIDTH, 3))
+    train()
+    assert engine.audit(criterion)["batch"].passed
+    assert rows_link(engine).state == "checked"
+
+
+def with_more_rows(items):
+    x, y = default_collate(items)
+    return torch.cat([x, x[:1] + 1]), torch.cat([y, y[:1]])
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]amples")
+def test_more_samples_than_items_are_said():
+    engine, _, _ = prepared(with_more_rows)
+    with pytest.warns(UserWarning, match="returned 9 samples of 8 items"):
+        assert engine.audit(criterion)["batch"].passed is None
 
 
 def test_items_without_additions_are_checked_before_an_audit():
