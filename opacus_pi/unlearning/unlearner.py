@@ -42,6 +42,7 @@ from opacus_pi.integration.rerun import Update
 from opacus_pi.ledger.run_identity import RunIdentity
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import training_copy
+from opacus_pi.models.live_modules import LiveModules, own_parameters_only
 from opacus_pi.models.own_losses import Criterion, per_example_criterion
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.recording.checkpoints import Checkpoints
@@ -166,7 +167,7 @@ class Unlearner:
             "must be an unlearning method",
             "Pass for example FineTune() or Langevin(noise_std=0.02).",
         )
-        self.model = training_copy(model)
+        self.model, self._live = training_copy(model), LiveModules(model)
         self.method = method
         self.ledger = ledger
         self.trace = UnlearningTrace(unit="epochs")
@@ -201,7 +202,8 @@ class Unlearner:
             An iterator over 1, 2, ..., the updates done.
 
         Raises:
-            ValueError: If the method needs a forget loader and there is none.
+            ValueError: If the method needs a forget loader and there is none; in the
+                first update, if the copy computes with the original's parameters.
         """
         expect(
             num_steps >= 0,
@@ -218,7 +220,8 @@ class Unlearner:
             "Call run(..., forget_loader=...), or call unlearn instead.",
         )
         task = self._task(retain_loader, forget_loader)
-        return updates(self.method, task, num_steps, self._optimizer, self._scheduler)
+        steps = updates(self.method, task, num_steps, self._optimizer, self._scheduler)
+        return _of_own_parameters(steps, self.model, self._live)
 
     def unlearn(  # noqa: PLR0913
         self,
@@ -491,7 +494,8 @@ class Unlearner:
         self.trace, clock = UnlearningTrace(unit="epochs"), time.perf_counter()
         self._evaluate_at(0, evaluate)
         if rerun is not None:
-            for _ in tqdm(rerun.run(), total=plan.num_updates, disable=None):
+            steps = _of_own_parameters(rerun.run(), rerun.model, self._live)
+            for _ in tqdm(steps, total=plan.num_updates, disable=None):
                 pass
         # Only now: an update that fails leaves the unlearner as it was.
         self.model = copy.deepcopy(self.model) if rerun is None else rerun.model
@@ -606,8 +610,9 @@ class Unlearner:
             self.method, task, num_steps, self._optimizer, self._scheduler, save
         )
         watch.restore(run, random)
+        steps = _of_own_parameters(run, self.model, self._live)
         with watch.bar(run.step, num_steps) as bar:
-            for step in run:
+            for step in steps:
                 watch.updated()
                 bar.update()
                 epoch = int(np.searchsorted(ends, step)) + 1
@@ -756,6 +761,23 @@ def _check_run(
         "must be a whole number, at least 0",
         "Pass the number of passes over the examples that are kept.",
     )
+
+
+def _of_own_parameters(
+    steps: Iterable[int], copied: nn.Module, live: LiveModules
+) -> Iterator[int]:
+    """Yield the updates of a copy, unless it computes with the original's parameters.
+
+    Args:
+        steps: Make the updates.
+        copied: The copy.
+        live: The modules of the original.
+
+    Raises:
+        ValueError: Before the first backward pass.
+    """
+    with own_parameters_only(copied, live):
+        yield from steps
 
 
 def _facts_of(engine: Any) -> EngineFacts:

@@ -4,8 +4,11 @@ import pytest
 import torch
 from opacus import GradSampleModule, PrivacyEngine
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
+from opacus_pi import PrivacyEngine as PrivateEngine
+from opacus_pi import Recorder
+from opacus_pi.recording import Checkpoints
 from opacus_pi.unlearning import Unlearner
 from tests.unlearning.unlearners import (
     CRITERION,
@@ -121,3 +124,86 @@ def test_straight_from_an_engine():
 def test_something_else_is_refused():
     with pytest.raises(ValueError, match="model must .*got dict"):
         Unlearner({}, criterion=CRITERION)
+
+
+class ReachesItself(nn.Module):
+    """Its forward pass goes through a function that refers to the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.steps = [lambda x: self.last(torch.tanh(self.first(x)))]
+
+    def forward(self, x):
+        return self.steps[0](x)
+
+
+def reaches_a_layer():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    last = model[2]
+    last.forward = lambda x: nn.functional.linear(x, last.weight, last.bias)
+    return model
+
+
+def small_data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 3, generator=generator)
+    return TensorDataset(x, torch.arange(12) % 3)
+
+
+SHARED = "A copy of the model still computes with the parameters of the original"
+
+
+@pytest.mark.parametrize("make", [ReachesItself, reaches_a_layer])
+@pytest.mark.parametrize("is_private", [False, True])
+def test_a_copy_that_runs_layers_of_the_original_is_refused(make, is_private):
+    torch.manual_seed(0)
+    train_set, model = small_data(), make()
+    if is_private:
+        model, optimizer, loader = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(train_set, 6),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+    mine = Unlearner(model, criterion=CRITERION)
+    before = state_bytes(mine.model)
+    with pytest.raises(ValueError, match=SHARED):
+        mine.unlearn(train_set, [1], num_epochs=1)
+    with pytest.raises(ValueError, match=SHARED):
+        list(mine.run([train_set[:6]], 1))
+    assert state_bytes(mine.model) == before and not len(mine.forgotten)
+    assert all(p.grad is None for p in model.parameters())
+    hooks = [h for m in mine.model.modules() for h in m._forward_hooks.values()]
+    assert not hooks
+    if is_private:  # the training can go on
+        for x, y in loader:
+            optimizer.zero_grad()
+            CRITERION(model(x), y).backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("make", [ReachesItself, reaches_a_layer])
+def test_a_rewind_of_a_copy_that_runs_layers_of_the_original_is_refused(make, tmp_path):
+    torch.manual_seed(0)
+    train_set, model = small_data(), make()
+    states = Checkpoints(tmp_path / "s", every=1)
+    engine = PrivateEngine(recorder=Recorder(checkpoints=states))
+    model, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(train_set, 12),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    for _ in range(2):
+        for x, y in loader:
+            optimizer.zero_grad()
+            CRITERION(model(x), y).backward()
+            optimizer.step()
+    states.flush()
+    with pytest.raises(ValueError, match=SHARED):
+        Unlearner(engine, criterion=CRITERION).rewind(
+            train_set, [1], checkpoints=states
+        )

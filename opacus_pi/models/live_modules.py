@@ -1,0 +1,131 @@
+"""Refuse to train a copy of a model that computes with the parameters of the original.
+
+``copy.deepcopy`` does not copy functions. If a model reaches its layers through one (a
+lambda that refers to ``self``, or a method that was replaced by a function that refers
+to its layer), a copy of the model runs the layers of the original. Training the copy
+would then leave these layers as they are, and put gradients into the original.
+
+*Guarantee.* The first forward pass with gradients raises before a backward pass has
+run, and hooks of Opacus on the original do not see this pass.
+
+*What breaks it.* Layers of the original that only a later pass uses, or that are used
+without gradients; a copy whose parts are called one by one.
+
+>>> live = nn.Linear(2, 1)
+>>> live.forward = lambda x: nn.functional.linear(x, live.weight)
+>>> copied = copy.deepcopy(live)
+>>> with own_parameters_only(copied, LiveModules(live)):
+...     copied(torch.ones(3, 2))
+Traceback (most recent call last):
+...
+ValueError: A copy of the model still computes with the parameters of the original...
+"""
+
+import copy
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from opacus_pi._torch_compat import FORWARD_HOOK_TABLES
+from opacus_pi.models.batches import floating
+from opacus_pi.models.copies import (
+    is_hook_of_opacus,
+    require_own_parameters,
+    unwrap,
+)
+
+__all__ = ["LiveModules", "own_parameters_only"]
+
+
+class LiveModules:
+    """The modules of a model that was copied, referred to weakly; pickles have none.
+
+    Args:
+        model: The original, plain or wrapped; None: no modules.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        found = () if model is None else unwrap(model).modules()
+        self._modules = [weakref.ref(module) for module in found]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for reference in self._modules:
+            if (module := reference()) is not None:
+                yield module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LiveModules, ()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of all modules."""
+        for module in self:
+            yield from module.parameters(recurse=False)
+
+
+@contextmanager
+def own_parameters_only(copied: nn.Module, live: LiveModules) -> Iterator[None]:
+    """Context in which the first forward pass of a copy is checked.
+
+    Args:
+        copied: The copy; it has no further hooks afterwards.
+        live: The modules of the original.
+
+    Raises:
+        ValueError: In the pass, if the copy computes with parameters of the original.
+    """
+    hidden: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
+
+    def before(*_: Any) -> None:
+        hidden.extend(_hide_hooks_of_opacus_(live))
+
+    def after(_: nn.Module, __: Any, outputs: Any = None) -> None:
+        show_again()
+        if any(one.grad_fn is not None for one in floating(outputs).values()):
+            remove()
+            require_own_parameters(outputs, live.parameters())
+
+    def show_again() -> None:
+        while hidden:
+            table, hooks = hidden.pop()
+            table.clear()
+            table.update(hooks)
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    handles = [
+        copied.register_forward_pre_hook(before),
+        copied.register_forward_hook(after),
+    ]
+    try:
+        yield
+    finally:
+        show_again()  # after a pass that raised an error
+        remove()
+
+
+def _hide_hooks_of_opacus_(
+    live: LiveModules,
+) -> Iterator[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]]:
+    """Empty the tables of forward hooks of what Opacus has put there.
+
+    Args:
+        live: The modules of the original.
+
+    Yields:
+        Each table that was changed, and its hooks before.
+    """
+    for module in live:
+        for name in FORWARD_HOOK_TABLES:
+            table: OrderedDict[int, Any] = getattr(module, name)
+            added = [key for key, hook in table.items() if is_hook_of_opacus(hook)]
+            if added:
+                yield table, OrderedDict(table)
+            for key in added:
+                del table[key]
