@@ -31,6 +31,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.dropout import _DropoutNd as DropoutBase
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import (
@@ -47,6 +48,7 @@ __all__ = [
     "CONVOLUTION_METHOD",
     "FORWARD_HOOK_TABLES",
     "BatchNormBase",
+    "DropoutBase",
     "InstanceNormBase",
     "LoaderIterator",
     "StorageWeakRef",
@@ -86,6 +88,7 @@ __all__ = [
     "running_node",
     "sequence_number",
     "starts_of_backward",
+    "step_hooks",
     "storage_address",
     "viewed_tensor",
     "with_gradient_hooks",
@@ -102,6 +105,12 @@ BACKWARD_HOOK_TABLES = ("_backward_pre_hooks", "_backward_hooks")
 COMPILED_CALL = "_compiled_call_impl"
 # Method of convolutions that does what ``forward`` does; subclasses override it, too.
 CONVOLUTION_METHOD = "_conv_forward"
+
+
+def step_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return the hooks on the steps of an optimizer, those before and those after."""
+    tables = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    return [h for t in tables for h in getattr(optimizer, t, {}).values()]
 
 
 def forward_hooks(module: nn.Module) -> dict[int, Any]:

@@ -60,6 +60,7 @@ from opacus_pi.models.batches import (
     rows_of,
     to_device,
 )
+from opacus_pi.models.live_modules import LiveModules, own_parameters_only
 from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording import Recorder
 
@@ -157,8 +158,9 @@ def audit_batch(
         new_engine: Returns an engine that reports to a recorder.
 
     Raises:
-        ValueError: If the batch has fewer than two examples, or the mode leaves the
-            gradients to the training loop.
+        ValueError: If the batch has fewer than two examples, the mode leaves the
+            gradients to the training loop, or a copy of the model computes with the
+            parameters of the original.
     """
     expect(
         run.mode != "no_op",
@@ -180,7 +182,9 @@ def audit_batch(
     )
     loss = TrainedLoss(criterion, run)
     with measuring():
-        expected = norms_alone(quiet_copy(model, run), loss, x, y, dim)
+        copied = quiet_copy(model, run)
+        with own_parameters_only(copied, LiveModules(model)):
+            expected = norms_alone(copied, loss, x, y, dim)
         turned = rows_of((x, y), range(size - 1, -1, -1), size, dim)
         try:
             recorded = recorded_norms(model, loss, (x, y), run, new_engine)

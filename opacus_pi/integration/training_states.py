@@ -19,14 +19,16 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from opacus_pi._torch_compat import BatchNormBase, num_writes
+from opacus_pi._torch_compat import BatchNormBase, DropoutBase, num_writes
 from opacus_pi._validate import require
 from opacus_pi.integration.checkpoints import RunState
+from opacus_pi.integration.own_steps import ClearedStates, has_own_step_hooks
 from opacus_pi.models.copies import unwrap
 from opacus_pi.recording.state_file import copied
 
 # Entries of a parameter group that are recorded by themselves, or act through the rate.
 _FOLLOWED = ("params", "lr", "initial_lr", "max_lr", "min_lr")
+_OF_OPACUS = ("expected_batch_size", "loss_reduction")  # settings of DPOptimizer
 _FIRST = {"obstacle": "It was saved while the first update was being made."}
 
 
@@ -56,6 +58,7 @@ class TrainingStates:
         self._marks: list[int] = []
         self._remembered: dict[str, Any] | None = None
         self._conditions: tuple[Any, int] = (None, 0)  # and their hash
+        self._cleared = ClearedStates()
 
     def remember(self) -> None:
         """Keep a copy of the present state, as the state before the first update.
@@ -115,20 +118,29 @@ class TrainingStates:
         """Return a hash of what an update depends on beside weights and rates.
 
         That is: which parameters are trained, the optimizer's options except its
-        learning rates, and which modules are in evaluation mode.
+        learning rates, how often its state was cleared, the denominator of private
+        training, which modules are in evaluation mode, and the rates of dropout.
+
+        Returns:
+            At least 0; below 0 if the user has put hooks on the optimizer's steps.
         """
         module, optimizer = self._module(), self._optimizer()
         if module is None or optimizer is None:
             return 0
+        plain = getattr(optimizer, "original_optimizer", optimizer)
+        self._cleared.saw(plain)
         present = (
             [p.requires_grad for p in module.parameters()],
-            [m.training for m in module.modules()],
+            [_mode(layer) for layer in module.modules()],
             [_options(group) for group in optimizer.param_groups],
+            self._cleared.count,
+            [getattr(optimizer, name, None) for name in _OF_OPACUS],
         )
         if present != self._conditions[0]:
             digest = hashlib.sha256(repr(present).encode()).digest()
             self._conditions = present, int.from_bytes(digest[:8], "big") >> 1
-        return self._conditions[1]
+        hash_of_them = self._conditions[1]
+        return -1 - hash_of_them if has_own_step_hooks(plain) else hash_of_them
 
     def _first_state(self, module: nn.Module) -> dict[str, Any]:
         """Return what was remembered, unless other weights were loaded since."""
@@ -143,6 +155,13 @@ class TrainingStates:
             "Load weights before make_monitored, or leave checkpoints out.",
         )
         return self.state(0)
+
+
+def _mode(layer: nn.Module) -> Any:
+    """Return the mode of a layer, with the rate if it is one of dropout."""
+    return (
+        (layer.training, layer.p) if isinstance(layer, DropoutBase) else layer.training
+    )
 
 
 def _options(group: dict[str, Any]) -> list[tuple[str, Any]]:

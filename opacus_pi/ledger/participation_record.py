@@ -80,7 +80,8 @@ class ParticipationRecord:
             each update; None: not recorded.
         conditions: int64 ``(T,)``: a hash of what else each update depends on: which
             parameters are trained, the optimizer's options except its learning rates,
-            and which modules are in evaluation mode; None: not recorded.
+            and which modules are in evaluation mode. Negative: the user had put hooks
+            on the optimizer's steps. None: not recorded.
         weights: Hash of the weights after the last update (``models.weights_name``);
             empty if not known.
         policy: The deletion policy as JSON, made before training; empty: none.
@@ -220,6 +221,15 @@ class ParticipationRecord:
         since = self.conditions[max(0, start - 1) :]
         changed = np.flatnonzero(since != since[:1])
         return int(changed[0]) + max(1, start) if changed.size else None
+
+    def has_step_hooks(self, start: int) -> bool:
+        """Return whether hooks of the user were on the optimizer's steps.
+
+        Args:
+            start: Number of updates before those that are asked for.
+        """
+        conditions = self.conditions
+        return conditions is not None and bool((conditions[start:] < 0).any())
 
     def batch(self, step: int) -> NDArray[np.int32]:
         """Return the attributed examples of one update, in the order of their samples.

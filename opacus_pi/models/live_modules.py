@@ -21,14 +21,12 @@ Traceback (most recent call last):
 ValueError: A copy of the model still computes with the parameters of the original...
 """
 
-import copy
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from opacus_pi._torch_compat import FORWARD_HOOK_TABLES

@@ -72,7 +72,11 @@ class Training(Protocol):
         """Return the learning rate of each parameter group."""
 
     def conditions(self) -> int:
-        """Return a hash of what else an update depends on, in [0, 2^63)."""
+        """Return a hash of what else an update depends on, in [-2^63, 2^63).
+
+        It is negative if hooks of the user changed what the optimizer's steps do, or
+        may have changed it.
+        """
 
 
 class Checkpoints:

@@ -90,7 +90,8 @@ class ParticipationLog:
         Args:
             settings: What it was run with.
             rates: Learning rate of each parameter group.
-            conditions: A hash of what else it depends on; 0: not known.
+            conditions: A hash of what else it depends on; 0: not known; negative: hooks
+                of the user were on the optimizer's steps.
         """
         self.num_steps += 1
         self._updates.append(settings)

@@ -467,6 +467,15 @@ class RecordedTraining:
         require_same_preparation(self.ledger.data_set or "", fingerprint(train_set))
         state = self.states.load(plan.start)
         require_repeatable(self.record, state, train_set)
+        require(
+            loop.update is not None or not self.record.has_step_hooks(plan.start),
+            "Hooks were on the steps of the optimizer during the training "
+            "(register_step_pre_hook or register_step_post_hook). A rewind makes the "
+            "updates with a new optimizer, without these hooks.",
+            "Pass rewind(..., update=...), a function that makes one update with "
+            "whatever the hooks did. If they changed neither gradients nor weights, it "
+            "only has to make the update.",
+        )
         return Rerun(
             model=copy.deepcopy(self.model),
             criterion=loop.criterion,
@@ -619,8 +628,10 @@ def _require_same_conditions(record: ParticipationRecord, start: int) -> None:
         "checkpoints",
         f"a run whose loop changed something before update {changed}",
         f"must be of a run whose updates after update {start} train the same "
-        "parameters, with the same options of the optimizer except learning rates, and "
-        "with the same modules in evaluation mode",
+        "parameters, with the same options of the optimizer except learning rates, the "
+        "same expected_batch_size and loss_reduction, a state of the optimizer that is "
+        "not cleared in between, and the same modules in evaluation mode and rates of "
+        "dropout",
         "A rewind does not follow such changes. Retrain from the start without these "
         "examples; to be able to rewind, freeze or thaw layers and change options of "
         "the optimizer in a run of its own, which begins with a new make_private.",

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -391,8 +392,30 @@ def without_dropout(run):
     run.net[2].eval()
 
 
+def less_dropout(run):
+    run.net[2].p = 0.1
+
+
+def without_momentum_so_far(run):
+    run.plain.state.clear()
+
+
+def new_state(run):
+    run.plain.state = defaultdict(dict)
+
+
 @pytest.mark.parametrize("private", [True, False])
-@pytest.mark.parametrize("change", [freeze, less_momentum, without_dropout])
+@pytest.mark.parametrize(
+    "change",
+    [
+        freeze,
+        less_momentum,
+        without_dropout,
+        less_dropout,
+        without_momentum_so_far,
+        new_state,
+    ],
+)
 def test_a_change_between_updates_is_not_repeated(tmp_path, change, private):
     options = {"private": private, "dropout": True, "poisson": False}
     run = ChangedInBetween(tmp_path, change, **options)
@@ -421,3 +444,65 @@ def test_states_of_an_earlier_release_say_nothing_of_changes(tmp_path):
     run = Saved(tmp_path)
     record = dataclasses.replace(run.states.record, conditions=None)
     assert record.first_change(0) is None
+
+
+def other_denominator(run):
+    run.optimizer.expected_batch_size = 4
+
+
+def summed_instead(run):
+    run.optimizer.loss_reduction = "sum"
+
+
+@pytest.mark.parametrize("change", [other_denominator, summed_instead])
+def test_a_change_of_what_opacus_divides_by_is_not_repeated(tmp_path, change):
+    run = ChangedInBetween(tmp_path, change, poisson=False)
+    early = int(run.states.record.first_updates().argmin())
+    with pytest.raises(
+        ValueError, match=f"changed something before update {run.num_before + 1}"
+    ):
+        run.unlearner().rewind(run.data, [early], checkpoints=run.states)
+
+
+def state_loaded_again(run):
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+
+
+def nothing(run):
+    pass
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.ASGD, None])
+@pytest.mark.parametrize("change", [state_loaded_again, nothing])
+def test_loading_the_same_state_is_no_change(tmp_path, change, make, private):
+    options = {"private": private, "poisson": False, "make_optimizer": make}
+    run = ChangedInBetween(tmp_path, change, **options)
+    early = int(run.states.record.first_updates().argmin())
+    result = run.unlearner().rewind(run.data, [early], checkpoints=run.states)
+    assert result.record["num_steps"] == run.states.record.num_steps
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_training_with_hooks_on_its_steps_needs_their_update(
+    tmp_path, private, is_before
+):
+    run = Saved(tmp_path, train=False, poisson=False, private=private)
+    name = "register_step_pre_hook" if is_before else "register_step_post_hook"
+    getattr(run.plain, name)(lambda *_: None)
+    run.train()
+    early = int(run.states.record.first_updates().argmin())
+
+    def update(model, optimizer, batch):
+        x, y = batch
+        optimizer.zero_grad()
+        CRITERION(model(x), y).backward()
+        optimizer.step()
+
+    with pytest.raises(ValueError, match="Hooks were on the steps of the optimizer"):
+        run.unlearner().rewind(run.data, [early], checkpoints=run.states)
+    result = run.unlearner().rewind(
+        run.data, [early], checkpoints=run.states, update=update
+    )
+    assert result.guarantee.epsilon(1e-5) == 0.0
