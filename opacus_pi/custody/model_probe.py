@@ -7,10 +7,10 @@ sequence has steps.
 
 The probe runs a batch again on a copy of the model, with half of its examples, chosen
 at random, replaced by others, once for either half. Shapes and random draws stay the
-same. The outputs of the examples that stay must not change. The model's buffers must
-not change either: otherwise later outputs would depend on earlier examples. Then one
-example is left out, which may not change the outputs of the others either
-(:mod:`~opacus_pi.custody.batch_size_probe`).
+same, and autograd records the passes as in training. The outputs of the examples that
+stay must not change. The model's buffers must not change either: otherwise later
+outputs would depend on earlier examples. Then one example is left out, which may not
+change the outputs of the others either (:mod:`~opacus_pi.custody.batch_size_probe`).
 
 * If they are equal bit for bit, which is usual, the model is separable on this batch.
 * If they are not, rounding may be the cause, so the comparison is made again in
@@ -25,9 +25,11 @@ example or the mode of a layer changes, at most eight times in a run.
 **What breaks it.** A dependence that the first batch does not show: examples that
 influence each other only for certain values, or in shapes beyond the eighth. If only
 one example depends on only one other, both are in the same half with probability 1/2. A
-state that is kept outside the layers is not detected. Every run of the probe has the
-padding of the batch, so it cannot find a model that averages over padding whose length
-depends on the other examples; the link "rows" stands for that, and ``engine.audit``.
+state that is kept outside the layers is not detected. If autograd's memory does not
+fit, the passes run without gradients, in which the model may do something else. Every
+run of the probe has the padding of the batch, so it cannot find a model that averages
+over padding whose length depends on the other examples; the link "rows" stands for
+that, and ``engine.audit``.
 
 >>> x = torch.arange(12.0).view(4, 3)
 >>> probe_separability(nn.Linear(3, 2), (x,), {}).state
@@ -200,7 +202,11 @@ def probe_separability(
     call = ProbedCall(unwrap(model), tuple(args), kwargs, batch_dim, size, autocast)
     try:
         with no_trace():
-            return _compare(call, layers_in_order=layers_in_order)
+            try:
+                return _compare(call, layers_in_order=layers_in_order)
+            except torch.OutOfMemoryError:  # autograd keeps the values of each layer
+                calm = replace(call, has_gradients=False)
+                return _compare(calm, layers_in_order=layers_in_order)
     except MODEL_ERRORS as error:
         lines = str(error).splitlines() or [""]
         what = f"{type(error).__name__}: {lines[0]}".rstrip(":. ")

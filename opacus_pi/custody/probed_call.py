@@ -29,6 +29,7 @@ from opacus_pi.custody.layer_rows import LayerRows, watch_rows
 from opacus_pi.models.accelerators import device_random_states, kinds_in_use
 from opacus_pi.models.batches import map_tensors, tensors_of, to_float64
 from opacus_pi.models.copies import same_mode_copy
+from opacus_pi.models.live_modules import hidden_from_opacus
 from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.models.own_generators import OwnGenerators
 from opacus_pi.models.own_losses import half_replaced
@@ -71,6 +72,8 @@ class ProbedCall:
         is_float64: Whether to compute in float64.
         has_dropout: Whether dropout is active.
         is_training: Whether layers keep their mode; False: all in evaluation mode.
+        has_gradients: Whether autograd records the call, as in training. A model may
+            compute something else if it does not.
     """
 
     model: nn.Module
@@ -82,6 +85,7 @@ class ProbedCall:
     is_float64: bool = False
     has_dropout: bool = True
     is_training: bool = True
+    has_gradients: bool = True
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -149,6 +153,8 @@ class ProbedCall:
         with ExitStack() as stack:
             stack.enter_context(random_state_untouched())
             own = stack.enter_context(OwnGenerators())
+            stack.enter_context(torch.set_grad_enabled(self.has_gradients))
+            stack.enter_context(hidden_from_opacus(self.model.modules()))
             if self.autocast is not None:
                 device, kind = self.autocast
                 stack.enter_context(torch.autocast(device, dtype=kind))
@@ -163,7 +169,7 @@ class ProbedCall:
             state = _random_state()
             has_drawn = not torch.equal(first, state)
             has_drawn |= own.were_used or first_of_others != _other_states(model)
-        found = [t for t in tensors_of(outputs) if t.is_floating_point()]
+        found = [t.detach() for t in tensors_of(outputs) if t.is_floating_point()]
         return ProbedRun(found, state, has_drawn, *_kept_by(model), layers)
 
 
@@ -239,8 +245,8 @@ def _kept_by(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         own = {k: v for k, v in vars(module).items() if not k.startswith("_")}
         memory += tensors_of(own)
     return (
-        [tensor for tensor in buffers if tensor.is_floating_point()],
-        [tensor for tensor in memory if tensor.is_floating_point()],
+        [tensor.detach() for tensor in buffers if tensor.is_floating_point()],
+        [tensor.detach() for tensor in memory if tensor.is_floating_point()],
     )
 
 
@@ -318,7 +324,10 @@ def rounding_of(call: ProbedCall) -> float:
 
 @contextmanager
 def no_trace() -> Iterator[None]:
-    """Context in which models run without gradients, autocast and warnings."""
+    """Context without gradients, autocast and warnings.
+
+    A ``ProbedCall`` turns gradients on for the pass itself.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for device in kinds_in_use():

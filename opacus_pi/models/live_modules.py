@@ -11,20 +11,22 @@ run, and hooks of Opacus on the original do not see this pass.
 *What breaks it.* Layers of the original that only a later pass uses, or that are used
 without gradients; a copy whose parts are called one by one.
 
+>>> import copy, torch
 >>> live = nn.Linear(2, 1)
 >>> live.forward = lambda x: nn.functional.linear(x, live.weight)
 >>> copied = copy.deepcopy(live)
->>> with own_parameters_only(copied, LiveModules(live)):
-...     copied(torch.ones(3, 2))
-Traceback (most recent call last):
-...
-ValueError: A copy of the model still computes with the parameters of the original...
+>>> try:
+...     with own_parameters_only(copied, LiveModules(live)):
+...         print(copied(torch.ones(3, 2)).shape)
+... except ValueError as error:
+...     print(str(error).partition(",")[0])
+A copy of the model still computes with the parameters of the original
 """
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -37,7 +39,7 @@ from opacus_pi.models.copies import (
     unwrap,
 )
 
-__all__ = ["LiveModules", "own_parameters_only"]
+__all__ = ["LiveModules", "hidden_from_opacus", "own_parameters_only"]
 
 
 class LiveModules:
@@ -76,22 +78,16 @@ def own_parameters_only(copied: nn.Module, live: LiveModules) -> Iterator[None]:
     Raises:
         ValueError: In the pass, if the copy computes with parameters of the original.
     """
-    hidden: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
+    hidden = ExitStack()
 
     def before(*_: Any) -> None:
-        hidden.extend(_hide_hooks_of_opacus_(live))
+        hidden.enter_context(hidden_from_opacus(live))
 
     def after(_: nn.Module, __: Any, outputs: Any = None) -> None:
-        show_again()
+        hidden.close()
         if any(one.grad_fn is not None for one in floating(outputs).values()):
             remove()
             require_own_parameters(outputs, live.parameters())
-
-    def show_again() -> None:
-        while hidden:
-            table, hooks = hidden.pop()
-            table.clear()
-            table.update(hooks)
 
     def remove() -> None:
         for handle in handles:
@@ -104,26 +100,29 @@ def own_parameters_only(copied: nn.Module, live: LiveModules) -> Iterator[None]:
     try:
         yield
     finally:
-        show_again()  # after a pass that raised an error
+        hidden.close()  # after a pass that raised an error
         remove()
 
 
-def _hide_hooks_of_opacus_(
-    live: LiveModules,
-) -> Iterator[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]]:
-    """Empty the tables of forward hooks of what Opacus has put there.
+@contextmanager
+def hidden_from_opacus(live: Iterable[nn.Module]) -> Iterator[None]:
+    """Context in which modules are run without the forward hooks of Opacus and ours.
 
     Args:
-        live: The modules of the original.
-
-    Yields:
-        Each table that was changed, and its hooks before.
+        live: The modules of a model that is trained. A copy of the model may run them.
     """
+    changed: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
     for module in live:
         for name in FORWARD_HOOK_TABLES:
             table: OrderedDict[int, Any] = getattr(module, name)
             added = [key for key, hook in table.items() if is_hook_of_opacus(hook)]
             if added:
-                yield table, OrderedDict(table)
+                changed.append((table, OrderedDict(table)))
             for key in added:
                 del table[key]
+    try:
+        yield
+    finally:
+        for table, hooks in changed:
+            table.clear()
+            table.update(hooks)

@@ -146,9 +146,9 @@ class Locked(nn.Linear):
         raise TypeError("cannot be copied")
 
 
-class BoundToItsGradient(nn.Linear):
+class Failing(nn.Linear):
     def forward(self, x):
-        assert torch.is_grad_enabled(), "only while training"
+        assert not self.training, "only in evaluation"
         return super().forward(x)
 
 
@@ -158,7 +158,7 @@ class BoundToItsGradient(nn.Linear):
         (Counting, "other outputs when it is run again"),
         (Unbatched, "has one row for each of the 6 examples"),
         (lambda: Locked(5, 3), "could not be run a second time.*cannot be copied"),
-        (lambda: BoundToItsGradient(5, 3), "only while training"),
+        (lambda: Failing(5, 3), "only in evaluation"),
     ],
 )
 def test_what_cannot_be_probed_is_said(model, message):
@@ -339,3 +339,48 @@ def test_a_state_that_is_carried_to_the_next_batch(uses_it, state, seen_before):
     finding = probe_separability(model, (vectors(),), {})
     assert finding.state == state
     assert ("outputs for the next batch depend" in finding.sentence) == uses_it
+
+
+class OnlyWithGradients(nn.Module):
+    """Does something else in evaluations, which often run without gradients only."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how = nn.Linear(5, 3), how
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        z = self.layer(x)
+        if not torch.is_grad_enabled():
+            return z
+        if self.how == "mixes":
+            return z + z.flip(0)
+        if self.how == "keeps":
+            self.mean = 0.5 * self.mean + 0.5 * z.mean(0)
+        return z - self.mean
+
+
+@pytest.mark.parametrize(
+    ("how", "state", "text"),
+    [
+        ("mixes", "broken", "The model mixes the examples of a batch"),
+        ("keeps", "broken", "computes a buffer from the examples"),
+        ("neither", "checked", "did not change the model's outputs"),
+    ],
+)
+def test_what_a_model_does_only_with_gradients_is_found(how, state, text):
+    model = OnlyWithGradients(how)
+    with torch.no_grad():
+        finding = probe_separability(model, (vectors(),), {})
+    assert finding.state == state and text in finding.sentence
+    assert model.layer.weight.grad is None and not model.mean.any()
+
+
+def test_without_memory_for_gradients_the_probe_runs_without_them():
+    class Large(nn.Linear):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("out of memory")
+            return super().forward(x)
+
+    assert probe_separability(Large(5, 3), (vectors(),), {}).state == "checked"
