@@ -43,7 +43,7 @@ from opacus_pi.integration.audited_update import (
     TrainedLoss,
     largest_gap,
     measuring,
-    norms_alone,
+    norms_of_copy,
     quiet_copy,
     recorded_norms,
     rounding_of,
@@ -60,7 +60,6 @@ from opacus_pi.models.batches import (
     rows_of,
     to_device,
 )
-from opacus_pi.models.live_modules import LiveModules, own_parameters_only
 from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording import Recorder
 
@@ -182,9 +181,7 @@ def audit_batch(
     )
     loss = TrainedLoss(criterion, run)
     with measuring():
-        copied = quiet_copy(model, run)
-        with own_parameters_only(copied, LiveModules(model)):
-            expected = norms_alone(copied, loss, x, y, dim)
+        expected = norms_of_copy(model, loss, x, y, run)
         turned = rows_of((x, y), range(size - 1, -1, -1), size, dim)
         try:
             recorded = recorded_norms(model, loss, (x, y), run, new_engine)

@@ -30,6 +30,7 @@ from opacus_pi.models.batches import (
 )
 from opacus_pi.models.copies import graph_leaves, independent_copy, training_copy
 from opacus_pi.models.known_losses import is_known_loss, label_mean_of
+from opacus_pi.models.live_modules import LiveModules, own_parameters_only
 from opacus_pi.models.no_trace import isolated
 from opacus_pi.models.own_generators import OwnGenerators
 from opacus_pi.models.own_losses import CoupledLoss, Criterion, OwnLosses
@@ -41,6 +42,7 @@ __all__ = [
     "largest_gap",
     "measuring",
     "norms_alone",
+    "norms_of_copy",
     "norms_of_update",
     "quiet_copy",
     "recorded_norms",
@@ -122,6 +124,29 @@ def quiet_copy(model: nn.Module, run: AuditedRun) -> nn.Module:
         if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
             module.dropout = 0.0
     return copied
+
+
+def norms_of_copy(
+    model: nn.Module, loss: TrainedLoss, x: Any, y: Any, run: AuditedRun
+) -> Tensor:
+    """Return what ``norms_alone`` does, of a copy of the model.
+
+    Args:
+        model: The model.
+        loss: The criterion.
+        x: Inputs of b examples.
+        y: Their targets.
+        run: How it is trained.
+
+    Returns:
+        float64 ``(b,)`` on the CPU.
+
+    Raises:
+        ValueError: If the copy computes with the parameters of the model.
+    """
+    copied = quiet_copy(model, run)
+    with own_parameters_only(copied, LiveModules(model)):
+        return norms_alone(copied, loss, x, y, run.batch_dim)
 
 
 def norms_alone(
