@@ -246,6 +246,22 @@ def starts_of_backward() -> list[Node]:
     return [node for node in found if node is not None]
 
 
+def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], ...]:
+    """Return the tables of hooks before the step of an optimizer, and of those after.
+
+    Returns:
+        Four live tables: of all optimizers and of this one before the step, in the
+        order in which torch calls them, then of this one and of all after the step.
+    """
+    module = sys.modules[torch.optim.Optimizer.__module__]
+    return (
+        module._global_optimizer_pre_hooks,
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        module._global_optimizer_post_hooks,
+    )
+
+
 def operations_seen_by_no_mode() -> AbstractContextManager[None]:
     """Return a context in which no ``TorchFunctionMode`` sees the operations of torch.
 

@@ -11,6 +11,7 @@ update.
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from opacus.optimizers import DPOptimizer
 from opacus.utils.adaptive_clipping.adaptive_clipping_utils import (
     PrivacyEngineAdaptiveClipping,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
@@ -33,9 +34,9 @@ from opacus_pi.custody.loaded_states import watch_loading
 from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
 from opacus_pi.integration.derived import own_scaling, own_step
 from opacus_pi.integration.held_weights import held_by
+from opacus_pi.integration.noised_steps import NoisedSteps, call_last
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
-from opacus_pi.integration.written_gradients import NO_TENSORS, NotedTensors
 from opacus_pi.models.copies import unwrap
 from opacus_pi.recording import Recorder
 
@@ -43,12 +44,6 @@ _STEPPED_WITHOUT_NOISE = (
     "The optimizer that was passed to make_private was stepped directly: the weights "
     "took gradients that were neither clipped nor noised, and no accountant counted "
     "the update. Step the optimizer that make_private returned."
-)
-_CHANGED_AFTER_NOISE = (
-    "Gradients were changed after noise was added to them and before the weights were "
-    "updated. That is fine if the new values were computed from the noised gradients "
-    "alone. If they also depend on anything else that was computed from training data, "
-    "the update is not private, and neither get_epsilon nor the ledger covers it."
 )
 _FROZEN_WITH_GRADIENT = (
     "A parameter was frozen (requires_grad=False) while it had a gradient, which was "
@@ -239,8 +234,9 @@ class OutsideChanges:
         self._chain, self._snapshot = chain, snapshot
         self._weights = WeightsLink(chain, snapshot)
         self._buffers: BufferLink | None = None
-        self._noised = NO_TENSORS
-        self._has_noise = False
+        self._noised = NoisedSteps(chain)
+        self._last_hook: RemovableHandle | None = None
+        self._has_noise, self._is_current = False, True
 
     def watch(
         self,
@@ -271,27 +267,46 @@ class OutsideChanges:
         for handle in _HANDLES.pop(inner, ()):
             handle.remove()
 
-        def before_step(*_: Any) -> None:
-            changes = reference()
-            if changes is None:
-                return
-            maker = private()
-            if not changes._has_noise:
-                own = None if maker is None else own_step(maker)
-                changes._chain.break_link("noise", own or _STEPPED_WITHOUT_NOISE)
-            elif not changes._noised.are(_gradients(inner)):
-                own = None if maker is None else own_scaling(maker)
-                changes._chain.leave_unchecked("noise", own or _CHANGED_AFTER_NOISE)
+        def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (changes := reference()) is not None:
+                changes._step_begins(optimizer, private(), args, kwargs)
 
-        def after_step(*_: Any) -> None:
+        def after_step(optimizer: Optimizer, *_: Any) -> None:
+            if (changes := reference()) is not None:
+                changes._noised.step_was_made(optimizer)
             if (method := finish()) is not None:
                 method()
 
+        self._last_hook = inner.register_step_pre_hook(before_step)
         _HANDLES[inner] = (
-            inner.register_step_pre_hook(before_step),
+            self._last_hook,
             inner.register_step_post_hook(after_step),
         )
         keep_handle(module, watch_loading(module, self))
+
+    def _step_begins(
+        self,
+        inner: Optimizer,
+        maker: DPOptimizer | None,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Compare gradients and weights: the inner optimizer is about to write.
+
+        Args:
+            inner: The optimizer that Opacus wraps.
+            maker: Opacus's optimizer, if it still exists.
+            args: Positional arguments of the step, after the optimizer itself.
+            kwargs: Its keyword arguments.
+        """
+        if not self._has_noise:
+            own = None if maker is None else own_step(maker)
+            self._chain.break_link("noise", own or _STEPPED_WITHOUT_NOISE)
+            return
+        cause = (lambda: None) if maker is None else partial(own_scaling, maker)
+        self._noised.step_begins(inner, args, kwargs, cause)
+        if self._is_current:
+            self._weights.before_update()
 
     def gradients_were_noised(self, optimizer: Optimizer) -> None:
         """Note the gradients that now have noise: the step should use them as they are.
@@ -299,9 +314,10 @@ class OutsideChanges:
         Args:
             optimizer: It is about to write the weights.
         """
-        held = held_by(optimizer)
-        self._noised = NotedTensors([g for p in held if (g := p.grad) is not None])
-        frozen = [p for p in held if not p.requires_grad]
+        self._noised.gradients_have_noise(optimizer)
+        if self._last_hook is not None:
+            call_last(self._last_hook)
+        frozen = [p for p in held_by(optimizer) if not p.requires_grad]
         if any([p.grad is not None and bool(p.grad.any()) for p in frozen]):
             self._chain.break_link("noise", _FROZEN_WITH_GRADIENT)
 
@@ -320,13 +336,13 @@ class OutsideChanges:
         self._weights.after_update()
 
     def noise_was_drawn(self, *, is_current: bool = True) -> None:
-        """Check loader and weights: the weights are about to be updated.
+        """Check the loader: the weights are about to be updated.
 
         Args:
             is_current: False if a later run has replaced this one in its engine, which
                 is a reason of its own.
         """
-        self._has_noise = True
+        self._has_noise, self._is_current = True, is_current
         if not is_current:
             return
         loader = self._loader()
@@ -334,14 +350,9 @@ class OutsideChanges:
             reason = changed_schedule(self._schedule, loader)
             if reason:
                 self._chain.break_link("schedule", reason)
-        self._weights.before_update()
 
     def weights_were_updated(self) -> None:
         """Note the weights: nothing should write to them until the next update."""
-        self._has_noise, self._noised = False, NO_TENSORS
+        self._has_noise = False
+        self._noised.forget()
         self._weights.after_update()
-
-
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    """Return the gradients that an optimizer would use."""
-    return [g for p in held_by(optimizer) if (g := p.grad) is not None]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._validate import expect
 from opacus_pi.attribution import LEFT_OUT, UNATTRIBUTED, Tracker
@@ -26,6 +27,7 @@ from opacus_pi.custody import Chain
 from opacus_pi.integration.drawn_noise import is_drawn_again, repeated_noise
 from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.monitor.gradient_scale import GradientScale
+from opacus_pi.integration.noised_steps import NoisedSteps, is_called_last
 from opacus_pi.recording import Recorder
 
 __all__ = ["NoiseHook"]
@@ -41,6 +43,11 @@ _NO_GRADIENTS = (
     "Update {step} had no gradients to which noise could be added. Call backward for "
     "every batch, including an empty one."
 )
+_LATE_HOOK = (
+    "A hook was registered on the optimizer's step between a forward pass and the step, "
+    "so it was not checked that the hook leaves the gradients with noise as they are. "
+    "Register hooks before the training loop."
+)
 
 
 class NoiseHook:
@@ -54,6 +61,10 @@ class NoiseHook:
         tracker: Identifies the samples behind the update.
         scale: Compares the gradients with those of the criterion; None: it does not.
         generator: Draws the noise; None: torch's global generator.
+
+    Attributes:
+        steps: Compares the gradients that a step uses with those that have noise.
+        last_hook: Of the hook that compares them: no other should come after it.
     """
 
     def __init__(
@@ -71,6 +82,8 @@ class NoiseHook:
         self.recorder, self.chain = recorder, chain
         self.tracker, self.scale = tracker, scale
         self.generator = generator
+        self.steps = NoisedSteps(chain)
+        self.last_hook: RemovableHandle | None = None
 
     def __call__(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -105,6 +118,9 @@ class NoiseHook:
             elif batch_size is not None and batch_size != self.mean_batch_size:
                 gradient.mul_(batch_size / self.mean_batch_size)
             gradient.add_(self._noise_like(gradient))
+        self.steps.gradients_have_noise(optimizer)
+        if self.last_hook is not None and not is_called_last(self.last_hook):
+            self.chain.leave_unchecked("noise", _LATE_HOOK)
 
     def _noise_like(self, gradient: Tensor) -> Tensor:
         """Draw an independent N(0, noise_std²) for every entry."""

@@ -57,6 +57,7 @@ from opacus_pi.integration.monitor.sampling import (
     SamplingScheme,
     sampling_scheme,
 )
+from opacus_pi.integration.noised_steps import call_last
 from opacus_pi.integration.schedules import (
     overlapping,
     unknown_schedule,
@@ -237,7 +238,7 @@ def monitor(
         size, generator = scheme.mean_batch_size, noise_generator
         noise = NoiseHook(noise_std, size, recorder, chain, tracker, scale, generator)
     _add_hooks(module, optimizer, recorder, tracker, scheme, noise, custody)
-    _watch_weights(module, optimizer, custody, swept)
+    _watch_weights(module, optimizer, custody, swept, noise)
     observe(loader, tracker, is_in_order=keeps_order(user_collate_fn(data_loader)))
     return module, optimizer, loader
 
@@ -413,9 +414,15 @@ def _add_hooks(
 
 
 def _watch_weights(
-    module: nn.Module, optimizer: Optimizer, custody: "_Custody", swept: SweptModel
+    module: nn.Module,
+    optimizer: Optimizer,
+    custody: "_Custody",
+    swept: SweptModel,
+    noise: NoiseHook | None,
 ) -> None:
     """Watch for writes to the weights that are not the optimizer's.
+
+    Also for gradients that a step uses in place of those to which noise was added.
 
     Args:
         module: All of its weights are watched from the optimizer's next step on:
@@ -423,6 +430,7 @@ def _watch_weights(
         optimizer: The optimizer of the run.
         custody: Its snapshots will be of the model's weights.
         swept: Knows the weights that the last sweep has measured.
+        noise: Adds the noise; None without noise.
     """
     weights, chain = custody.weights, custody.chain
     custody.snapshot.watch(module.parameters())
@@ -437,17 +445,26 @@ def _watch_weights(
         _HOOK_HANDLES[module] += [*buffers.handles, loaded]
         _BUFFER_LINKS[optimizer] = buffers
 
-    def before_step(*_: Any) -> None:
+    def before_step(stepping: Optimizer, args: Any, kwargs: Any) -> None:
         weights.before_update()
+        if noise is not None:
+            noise.steps.step_begins(stepping, args, kwargs)
 
-    def after_step(*_: Any) -> None:
+    def after_step(stepping: Optimizer, *_: Any) -> None:
+        if noise is not None:
+            noise.steps.step_was_made(stepping)
         weights.after_update()
         swept.update_was_made(chain)
 
-    _HOOK_HANDLES[optimizer] += [
-        optimizer.register_step_pre_hook(before_step),
-        optimizer.register_step_post_hook(after_step),
-    ]
+    last = optimizer.register_step_pre_hook(before_step)
+    _HOOK_HANDLES[optimizer] += [last, optimizer.register_step_post_hook(after_step)]
+    if noise is not None:
+        noise.last_hook = last
+
+    def before_forward(*_: Any) -> None:
+        call_last(last)  # hooks that were registered since the last step come before it
+
+    _HOOK_HANDLES[module].append(module.register_forward_pre_hook(before_forward))
 
 
 def _new_model_probe(
