@@ -37,7 +37,7 @@ from opacus_pi.integration.raw_gradients import (
 )
 from opacus_pi.integration.written_gradients import NO_TENSORS, NotedTensors
 
-__all__ = ["NoisedSteps", "call_last", "is_called_last"]
+__all__ = ["CallLast", "NoisedSteps", "call_last", "is_called_last"]
 
 _CHANGED = (
     "Gradients were changed after noise was added to them and before the weights were "
@@ -171,6 +171,28 @@ def call_last(handle: RemovableHandle) -> None:
     table = handle.hooks_dict_ref()
     if table and handle.id in table and not is_called_last(handle):
         table.move_to_end(handle.id)
+
+
+class CallLast:
+    """A forward pre-hook of a module that has a hook of an optimizer called last.
+
+    Hooks that were registered on the optimizer since its last step then come before it.
+    Copies and pickles do nothing.
+
+    Args:
+        handle: Of the optimizer's hook.
+    """
+
+    def __init__(self, handle: RemovableHandle | None = None) -> None:
+        self._handle = handle
+
+    def __call__(self, *_: Any) -> None:
+        """Move the hook, which no step is calling now."""
+        if self._handle is not None:
+            call_last(self._handle)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CallLast, ()
 
 
 def is_called_last(handle: RemovableHandle) -> bool:

@@ -36,6 +36,7 @@ from opacus_pi._class_swap import swap_class
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.derived import own_scaling, shadowed_method
+from opacus_pi.integration.divisors import Divisor
 from opacus_pi.integration.drawn_noise import missing_noise, repeated_noise
 from opacus_pi.integration.explanations import (
     explain_numbers_of_gradients,
@@ -121,6 +122,7 @@ def report_updates(optimizer: DPOptimizer, update: UpdateUnderWay) -> None:
     optimizer._pi_methods = MethodsInUse(optimizer, update.hooks)
     update.optimizer = weakref.ref(optimizer)
     optimizer._pi_has_own_scaling = has_own_scaling
+    optimizer._pi_divisor = Divisor(optimizer, update.chain)
     optimizer._pi_written = watch_gradients(
         update.hooks, optimizer, update.tracker, update.chain
     )
@@ -157,6 +159,7 @@ class _ReportingOptimizer(DPOptimizer):
         _pi_update: Receives the reports; set by ``report_updates``. All names of ours
             begin with ``_pi_``, so that they cannot meet a name of Opacus or the user.
         _pi_methods: Finds methods of Opacus that were replaced since.
+        _pi_divisor: Finds sums that are divided by different numbers.
         _pi_has_own_scaling: Whether the class overrides Opacus's ``scale_grad``.
         _pi_written: Detects gradients that were changed before they are clipped.
     """
@@ -164,6 +167,7 @@ class _ReportingOptimizer(DPOptimizer):
     _pi_update: UpdateUnderWay
     _pi_written: WrittenGradients
     _pi_methods: MethodsInUse
+    _pi_divisor: Divisor
     _pi_num_draws = 0
     _pi_has_own_scaling = False
 
@@ -226,6 +230,7 @@ class _ReportingOptimizer(DPOptimizer):
         that writes the weights. Nothing else should write to the gradients in between.
         """
         super().scale_grad()
+        self._pi_divisor.is_used(self, self._pi_update.num_samples)
         if not self._pi_has_own_scaling:  # which may do more than to scale
             self._pi_note_gradients()
 

@@ -141,6 +141,11 @@ class UpdateUnderWay:
         return bool(self._examples)
 
     @property
+    def num_samples(self) -> int:
+        """Number of samples in the update under way whose example is known."""
+        return sum(map(len, self._examples))
+
+    @property
     def is_interrupted(self) -> bool:
         """Whether noise was drawn for an update whose step has not ended."""
         return self._settings is not None
@@ -171,9 +176,14 @@ class UpdateUnderWay:
     def was_clipped(self, max_grad_norm: float) -> None:
         """Note the clip norm of a physical batch: the next one may have another.
 
+        If the step of the update before raised an error, that update ends here: noise
+        was drawn for it, Opacus's accountant has counted it, and weights may have been
+        written. So it gets a row of its own, and this batch enters another update.
+
         Args:
             max_grad_norm: The clip norm.
         """
+        self.finish()
         self._largest_clip_norm = max(self._largest_clip_norm, max_grad_norm)
 
     def add_samples(self, indices: NDArray[np.int64], norms: Tensor) -> None:
@@ -229,8 +239,7 @@ class UpdateUnderWay:
         Args:
             optimizer: The optimizer that has just added noise, before its step.
         """
-        if self._settings is not None:
-            self.finish()  # an earlier update, whose step was interrupted
+        self.finish()  # an earlier update, whose step was interrupted
         if not self._has_checked:
             self._has_checked = True
             self.chain.check("norm", "The norms are those by which Opacus clipped.")

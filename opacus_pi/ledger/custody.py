@@ -37,6 +37,7 @@ from opacus_pi._validate import expect
 
 __all__ = [
     "BROKEN",
+    "CHANGED_DIVISOR",
     "CHECKED",
     "LINKS",
     "MAX_UNATTRIBUTED",
@@ -70,6 +71,15 @@ LINKS = MappingProxyType(
         "weights": "the training data changed the weights through the recorded updates "
         "only",
     }
+)
+#: Why the link "noise" is unchecked if the divisor of the noised sums has changed.
+CHANGED_DIVISOR = (
+    "optimizer.expected_batch_size was changed after make_private, so updates were "
+    "divided by different numbers. If such a number depends on the examples that were "
+    "drawn, as the size of a batch does, so does the size of the noise, and neither "
+    "get_epsilon nor the ledger covers that. Leave expected_batch_size as make_private "
+    "sets it, or set it once, before the first update, to a number that does not depend "
+    "on the training data."
 )
 #: Largest share of unattributed samples for which numbers are still given.
 MAX_UNATTRIBUTED = 0.01

@@ -48,7 +48,7 @@ from opacus_pi.accounting.training_bound import (
 )
 from opacus_pi.files.plain_json import plain_json
 from opacus_pi.ledger.checks import CHANGED
-from opacus_pi.ledger.custody import LINKS
+from opacus_pi.ledger.custody import CHANGED_DIVISOR, LINKS
 from opacus_pi.ledger.grad_norm_ledger import columns_of, joint_mechanism
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning.loop import StopRule, stop_rule
@@ -319,10 +319,7 @@ def _bounded_claim(
         *needed,
         every_gradient_clipped(runs),
         sampling_known(runs),
-        derived(
-            "training divided by a batch size that does not depend on the set",
-            "DP-SGD divides by the expected batch size",
-        ),
+        _same_divisor(runs),
         derived(
             "unlearning does not increase the divergence",
             "post-processing: it is the same random procedure with and without the set",
@@ -348,6 +345,21 @@ def _bounded_claim(
         estimates=estimates,
         statements=() if pair is None else (pair,),
     )
+
+
+def _same_divisor(runs: Sequence[GradNormLedger]) -> Assumption:
+    """Return that training with and without the set divides by the same number.
+
+    It is only declared if the loop has changed the number.
+    """
+    statement = "training divided by a batch size that does not depend on the set"
+    chains = [run.custody for run in runs if run.custody is not None]
+    sentences = [link.sentence for chain in chains for link in chain.unchecked]
+    if any(CHANGED_DIVISOR in sentence for sentence in sentences):
+        return Assumption(
+            statement, True, "the loop changed optimizer.expected_batch_size"
+        )
+    return derived(statement, "DP-SGD divides by the expected batch size")
 
 
 def _estimated_claim(

@@ -168,6 +168,7 @@ def with_optimizer(cls):
     return engine
 
 
+@pytest.mark.filterwarnings("ignore:The library assumes")
 @pytest.mark.parametrize(
     ("cls", "sentence"),
     [

@@ -57,7 +57,7 @@ from opacus_pi.integration.monitor.sampling import (
     SamplingScheme,
     sampling_scheme,
 )
-from opacus_pi.integration.noised_steps import call_last
+from opacus_pi.integration.noised_steps import CallLast
 from opacus_pi.integration.schedules import (
     overlapping,
     unknown_schedule,
@@ -460,11 +460,7 @@ def _watch_weights(
     _HOOK_HANDLES[optimizer] += [last, optimizer.register_step_post_hook(after_step)]
     if noise is not None:
         noise.last_hook = last
-
-    def before_forward(*_: Any) -> None:
-        call_last(last)  # hooks that were registered since the last step come before it
-
-    _HOOK_HANDLES[module].append(module.register_forward_pre_hook(before_forward))
+    _HOOK_HANDLES[module].append(module.register_forward_pre_hook(CallLast(last)))
 
 
 def _new_model_probe(
