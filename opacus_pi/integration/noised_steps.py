@@ -46,14 +46,14 @@ _CHANGED = (
     "the update is not private, and neither get_epsilon nor the ledger covers it."
 )
 _CHANGED_IN_STEP = (
-    "The step of {owner}, which is not one of torch's optimizers, changed the gradients "
-    "to which noise had been added. That is fine if the new values were computed from "
-    "the noised gradients and the weights alone, as by weight decay. If they also "
-    "depend on anything else that was computed from training data, the update is not "
-    "private, and neither get_epsilon nor the ledger covers it."
+    "The step of {owner}, which is not one of torch's optimizers, changed the "
+    "gradients to which noise had been added. That is fine if the new values were "
+    "computed from the noised gradients and the weights alone, as by weight decay. If "
+    "they also depend on anything else that was computed from training data, the "
+    "update is not private, and neither get_epsilon nor the ledger covers it."
 )
 _CLOSURE = (
-    "A hook gave the inner optimizer's step a closure, which computes gradients without "
+    "A hook gave the optimizer's step a closure, which computes gradients without "
     "noise. If the step uses them, the update is not private, and neither get_epsilon "
     "nor the ledger covers it. Do not pass a closure."
 )
@@ -202,7 +202,7 @@ def is_called_last(handle: RemovableHandle) -> bool:
         handle: Of the hook.
     """
     table = handle.hooks_dict_ref()
-    return bool(table) and next(reversed(table)) == handle.id
+    return table is not None and next(reversed(table), None) == handle.id
 
 
 def _is_ours(hook: Any) -> bool:

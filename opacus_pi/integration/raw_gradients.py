@@ -78,7 +78,8 @@ def raw_gradients_read_by(function: Any, owner: type | None = None) -> str | Non
     Returns:
         ``"grad_sample"``, ``"summed_grad"``, or None if it names neither.
     """
-    waiting, seen = [(function, owner)], set()
+    waiting: list[tuple[Any, type | None]] = [(function, owner)]
+    seen: set[FunctionType] = set()
     while waiting and len(seen) < _MOST:
         found, owner = _unwrapped(*waiting.pop())
         if not isinstance(found, FunctionType) or found in seen or _is_known(found):
@@ -103,7 +104,7 @@ def _unwrapped(function: Any, owner: type | None) -> tuple[Any, type | None]:
     if isinstance(function, MethodType):
         return function.__func__, type(function.__self__)
     if not isinstance(function, FunctionType | type) and callable(function):
-        return getattr(type(function), "__call__", None), type(function)
+        return getattr_static(type(function), "__call__", None), type(function)
     return function, owner
 
 

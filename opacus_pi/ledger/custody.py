@@ -78,8 +78,8 @@ CHANGED_DIVISOR = (
     "divided by different numbers. If such a number depends on the examples that were "
     "drawn, as the size of a batch does, so does the size of the noise, and neither "
     "get_epsilon nor the ledger covers that. Leave expected_batch_size as make_private "
-    "sets it, or set it once, before the first update, to a number that does not depend "
-    "on the training data."
+    "sets it, or set it once, before the first update, to a number that does not "
+    "depend on the training data."
 )
 #: Largest share of unattributed samples for which numbers are still given.
 MAX_UNATTRIBUTED = 0.01

@@ -27,7 +27,7 @@ def weights(net):
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
-# ----------------------------------------------------------------- hooks after the noise
+# ---------------------------------------------------------------- hooks after the noise
 def replaced(optimizer, args, kwargs):
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
@@ -112,7 +112,7 @@ def test_hooks_keep_their_order():
     assert calls[:6] == ["a", "b", "c"] * 2
 
 
-# ------------------------------------------------------------------- gradients that are read
+# -------------------------------------------------------------- gradients that are read
 class ReadsSums(torch.optim.SGD):
     def step(self, closure=None):
         for p in self.param_groups[0]["params"]:
@@ -242,7 +242,7 @@ def test_code_that_is_searched():
     assert raw_gradients_read_by(len) is None
 
 
-# --------------------------------------------------------------------- monitored training
+# ------------------------------------------------------------------- monitored training
 def monitored(noise_std=0.05, **options):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))

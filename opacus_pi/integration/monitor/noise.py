@@ -44,9 +44,9 @@ _NO_GRADIENTS = (
     "every batch, including an empty one."
 )
 _LATE_HOOK = (
-    "A hook was registered on the optimizer's step between a forward pass and the step, "
-    "so it was not checked that the hook leaves the gradients with noise as they are. "
-    "Register hooks before the training loop."
+    "A hook was registered on the optimizer's step between a forward pass and the "
+    "step, so it was not checked that the hook leaves the gradients with noise as they "
+    "are. Register hooks before the training loop."
 )
 
 
