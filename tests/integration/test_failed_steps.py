@@ -104,15 +104,14 @@ def test_the_weights_are_those_of_opacus():
     assert ours.batches == theirs.batches
 
 
-@pytest.mark.parametrize("noise_std", [0.0, 0.1])
-def test_a_failed_step_of_monitored_training(noise_std):
+def test_a_failed_step_of_monitored_training():
     loop = Loop()
     criterion = nn.CrossEntropyLoss()
     loop.engine = PrivacyEngine(
         recorder=Recorder("swept", every=tuple(range(1, 20)), criterion=criterion)
     )
     loop.model, loop.optimizer, loop.loader = loop.engine.make_monitored(
-        **loop.given, noise_std=noise_std, criterion=criterion, poisson_sampling=False
+        **loop.given, noise_std=0.1, criterion=criterion, poisson_sampling=False
     )
     loop.criterion = criterion
     loop.train()
