@@ -88,6 +88,7 @@ __all__ = [
     "running_node",
     "sequence_number",
     "starts_of_backward",
+    "step_hook_tables",
     "step_hooks",
     "storage_address",
     "viewed_tensor",
@@ -246,7 +247,7 @@ def starts_of_backward() -> list[Node]:
     return [node for node in found if node is not None]
 
 
-def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], ...]:
+def step_hook_tables(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], ...]:
     """Return the tables of hooks before the step of an optimizer, and of those after.
 
     Returns:

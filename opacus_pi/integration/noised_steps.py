@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from opacus_pi._torch_compat import step_hooks
+from opacus_pi._torch_compat import step_hook_tables
 from opacus_pi.custody import Chain
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.custody.weights import WeightSnapshot
@@ -141,7 +141,7 @@ class NoisedSteps:
 
     def _look_at(self, optimizer: Optimizer) -> None:
         """Search hooks and class for gradients without noise, if they are new."""
-        tables = step_hooks(optimizer)
+        tables = step_hook_tables(optimizer)
         cls, own = type(optimizer), vars(optimizer).get("step")
         now = (*map(tuple, tables), own, cls)
         if now == self._searched:
