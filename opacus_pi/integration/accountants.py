@@ -281,7 +281,7 @@ class PerInstanceAccountant(RDPAccountant):
                     self._recorder.assume_noise()
                 self._recorder.step(
                     noise_std=noise_std_of(optimizer),
-                    max_grad_norm=float(optimizer.max_grad_norm),
+                    max_grad_norm=clip_norm_of(optimizer),
                     # Opacus has just multiplied the rate of one backward pass by the
                     # number of passes in this update.
                     sample_rate=min(1.0, self.history[-1][1]),

@@ -35,6 +35,7 @@ from torch.distributed.fsdp import FSDPModule
 from opacus_pi._class_swap import swap_class
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.integration.accountants import noise_std_of
+from opacus_pi.integration.clip_norms import clip_norm_of
 from opacus_pi.integration.derived import own_scaling, shadowed_method
 from opacus_pi.integration.divisors import Divisor
 from opacus_pi.integration.drawn_noise import missing_noise, repeated_noise
@@ -324,7 +325,7 @@ class _FromGradSamples(_ReportingOptimizer):
         """
         update, written = self._pi_update, self._pi_written
         self._pi_follow_weights()
-        update.was_clipped(float(self.max_grad_norm))
+        update.was_clipped(clip_norm_of(self))
         written.require_unchanged()
         written.require_unchanged_sums()
         if update.gate is None:
@@ -339,7 +340,7 @@ class _FromGradSamples(_ReportingOptimizer):
             update.tracker.attribute(self._pi_batch_sizes()),
             norms,
             noise_std=noise_std_of(self),
-            max_grad_norm=float(self.max_grad_norm),
+            max_grad_norm=clip_norm_of(self),
         )
         super().clip_and_accumulate()
         update.add_samples(positions, norms)

@@ -52,9 +52,12 @@ _CHARGED_TOO_LITTLE = (
     "sample rate than it had. Either max_grad_norm was lowered within an update, so "
     "some examples were clipped to a larger norm than the noise was made for: step a "
     "scheduler of it after updates only, for inside BatchMemoryManager an update has "
-    "several batches. Or a step hook changes the optimizer before the accountant's own "
-    "hook counts, or that hook was attached with another sample_rate. The ledger has "
-    "the true settings; engine.epsilons(delta) and engine.privacy_statement use them."
+    "several batches. Or per-layer clipping was changed by one of its two settings "
+    "only: change max_grad_norms, which clips, and max_grad_norm, which scales the "
+    "noise, by the same factor. Or a step hook changes the optimizer before the "
+    "accountant's own hook counts, or that hook was attached with another sample_rate. "
+    "The ledger has the true settings; engine.epsilons(delta) and "
+    "engine.privacy_statement use them."
 )
 _NONE_COUNTED = (
     "The accountant has counted none of {} updates, so it has no epsilon. It counts in "

@@ -32,6 +32,7 @@ from opacus_pi.integration.checks import (
     batch_norms,
     batch_statistics,
 )
+from opacus_pi.integration.clip_norms import clip_norm_of
 from opacus_pi.integration.drawn_noise import is_drawn_again
 from opacus_pi.integration.earlier_updates import say_earlier_updates
 from opacus_pi.integration.filtering import FilterGate
@@ -265,7 +266,7 @@ class UpdateUnderWay:
         self._num_charged, rate = max(1, num_passes), self.sample_rate * num_passes
         if isinstance(optimizer, AdaClipDPOptimizer) and not self.is_superseded:
             self.recorder.assume_noise()
-        self.was_clipped(float(optimizer.max_grad_norm))
+        self.was_clipped(clip_norm_of(optimizer))
         clip_norm, self._largest_clip_norm = self._largest_clip_norm, 0.0
         is_larger = clip_norm > float(optimizer.max_grad_norm) * (1 + _ROUNDING)
         if is_larger and not self.is_superseded:
