@@ -41,6 +41,7 @@ from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.accounting.guarantee import EpsilonDelta
 from opacus_pi.files.checksummed_state import verified_state, with_checksum
 from opacus_pi.files.weights_file import tensors_from_bytes, tensors_to_bytes
+from opacus_pi.integration.clip_norms import clip_norm_of
 from opacus_pi.recording import Recorder
 
 __all__ = ["AccountantBound", "PerInstanceAccountant", "bound_of", "charges_less"]

@@ -66,6 +66,7 @@ __all__ = [
     "ends_draw",
     "has_functional_copy",
     "has_skipped_last_step",
+    "inputs_of_calls",
     "keep_handle",
     "mark_as_processed",
     "module_of",
@@ -280,6 +281,18 @@ def num_captures(layer: nn.Module) -> int:
     functions = [getattr(hook, "func", None) for hook in backward_hooks(layer).values()]
     names = [getattr(function, "__name__", "") for function in functions]
     return names.count("capture_backprops_hook")
+
+
+def inputs_of_calls(layer: nn.Module | None) -> Sequence[Sequence[Tensor]]:
+    """Return the inputs of a layer's calls that await their backward pass (1.6.0).
+
+    Opacus keeps them in the attribute ``activations``.
+
+    Args:
+        layer: A layer of a model in hooks or functorch mode; None: it does not exist
+            any more.
+    """
+    return vars(layer).get("activations", ()) if layer is not None else ()
 
 
 def clipped_norms(hooks: AbstractGradSampleHooks) -> Tensor | None:

@@ -49,12 +49,14 @@ from opacus_pi.integration.opacus_compat import (
 )
 from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.integration.two_passes import TwoPasses
+from opacus_pi.integration.unequal_calls import UnequalCalls
 from opacus_pi.recording import Recorder
 
 __all__ = [
     "called_module",
     "new_lost_gradients",
     "new_model_probe",
+    "new_unequal_calls",
     "probe_losses",
     "probe_model",
     "takes_per_example_gradients",
@@ -95,7 +97,12 @@ def new_model_probe(
 def probe_model(
     hooks: AbstractGradSampleHooks,
     tracker: Tracker,
-    *probes: ModelProbe | ModelLossProbe | PathsToWeights | LostGradients | None,
+    *probes: ModelProbe
+    | ModelLossProbe
+    | PathsToWeights
+    | LostGradients
+    | UnequalCalls
+    | None,
 ) -> None:
     """Report the forward passes of a prepared model to a tracker.
 
@@ -151,6 +158,24 @@ def new_lost_gradients(
         is_mean=hooks.loss_reduction == "mean",
         is_instead=isinstance(hooks, GradSampleModuleExpandedWeights),
     )
+
+
+def new_unequal_calls(
+    hooks: AbstractGradSampleHooks, optimizer: DPOptimizer, chain: Chain
+) -> UnequalCalls | None:
+    """Return what compares the calls of layers.
+
+    Args:
+        hooks: What Opacus made of the model.
+        optimizer: What Opacus made of the optimizer.
+        chain: The chain of custody of the run.
+
+    Returns:
+        None in modes in which Opacus does not add up the gradients of several calls.
+    """
+    if not (isinstance(hooks, GradSampleHooks) and takes_per_example_gradients(hooks)):
+        return None
+    return UnequalCalls(hooks, optimizer, chain)
 
 
 def _second_backward_of(hooks: AbstractGradSampleHooks) -> Callable[[], bool]:

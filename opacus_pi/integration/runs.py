@@ -43,6 +43,7 @@ from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.integration.probes import (
     new_lost_gradients,
     new_model_probe,
+    new_unequal_calls,
     probe_losses,
     probe_model,
     takes_per_example_gradients,
@@ -202,6 +203,7 @@ class PreparedRun:
         self.lost: LostGradients | None = None
         if self.processes is None:
             self.lost = new_lost_gradients(hooks, self.optimizer, self.chain)
+        self.calls = new_unequal_calls(hooks, self.optimizer, self.chain)
         self.loss_probe: ModelLossProbe | None = None
         self._swept: SweptModel | None = None
         if self.model_probe is not None and hooks.batch_first:
@@ -217,7 +219,7 @@ class PreparedRun:
             What a checkpoint saves of the run; it counts the passes from now on.
         """
         probes = self.model_probe, self.loss_probe, self.paths, self.lost
-        probe_model(self.hooks, self.tracker, *probes)
+        probe_model(self.hooks, self.tracker, *probes, self.calls)
         explain_forward_errors(self.hooks)
         is_own_collate = not keeps_order(user_collate_fn(self.loader))
         observe(self.loader, self.tracker, follow_items=is_own_collate)
@@ -316,7 +318,7 @@ class PreparedRun:
             recorder, self.tracker, self.hooks, self.sample_rate, self.chain, draws
         )
         update.model_probe, update.loss_probe = self.model_probe, self.loss_probe
-        update.paths = self.paths
+        update.paths, update.calls = self.paths, self.calls
         update.swept = self._swept
         if renyi_filter is not None:
             layers = batch_norms(self.hooks)

@@ -42,6 +42,7 @@ from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.integration.swept_model import SweptModel
 from opacus_pi.integration.trained_outside import TrainedOutside
 from opacus_pi.integration.two_passes import TwoPasses
+from opacus_pi.integration.unequal_calls import UnequalCalls
 from opacus_pi.ledger.noise_generator import kind_of
 from opacus_pi.recording import Recorder
 
@@ -85,6 +86,7 @@ class UpdateUnderWay:
         loss_probe: Looks at losses that the model returns; None: nothing does.
         paths: Finds weights that are used outside of their layers' calls; None: it does
             not, or the criterion of ghost clipping keeps it.
+        calls: Compares the calls of layers in each forward pass; None: nothing does.
         passes: Compares both backward passes of ghost clipping; None: nothing does.
         trained_outside: Finds tensors outside of the model that the loss trains; None:
             nothing looks for them.
@@ -111,6 +113,7 @@ class UpdateUnderWay:
     model_probe: ModelProbe | None = None
     loss_probe: ModelLossProbe | None = None
     paths: PathsToWeights | None = None
+    calls: UnequalCalls | None = None
     passes: TwoPasses | None = None
     trained_outside: TrainedOutside | None = None
     lost: LostGradients | None = None

@@ -1,4 +1,4 @@
-"""Per-layer clipping: ``max_grad_norms`` clips, and ``max_grad_norm`` scales the noise."""
+"""Per-layer clipping: ``max_grad_norms`` clips, ``max_grad_norm`` scales the noise."""
 
 import math
 import warnings
