@@ -11,8 +11,8 @@ one number each: their product with a fixed vector.
 
 **What breaks it.** Layers whose input has another number of rows are not compared,
 except those of Opacus's recurrent layers, whose sequences end one after another. For
-the others Opacus raises an error, or ``integration/unequal_calls.py`` says so. Nor are inputs compared if the shape of a row
-depends on the content of the batch.
+the others Opacus raises an error, or ``integration/unequal_calls.py`` says so. Nor are
+inputs compared if the shape of a row depends on the content of the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
