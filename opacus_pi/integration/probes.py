@@ -41,6 +41,7 @@ from opacus_pi.custody.loss_probe import LossProbe
 from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import ModelProbe
 from opacus_pi.custody.repeated_loss import RepeatedLoss
+from opacus_pi.integration.changed_layers import ChangedLayers
 from opacus_pi.integration.lost_gradients import LostGradients
 from opacus_pi.integration.opacus_compat import (
     keep_handle,
@@ -227,13 +228,16 @@ def probe_losses(
     criterion._pi_repeated = RepeatedLoss(criterion.criterion, chain)
     criterion._pi_target_order = TargetOrder(tracker, chain)
     passes: TwoPasses | None = None
+    layers: ChangedLayers | None = None
     is_sharded = isinstance(module_of(criterion.module), FSDPModule)
+    if not is_sharded:
+        layers = ChangedLayers(criterion.module, chain)
     if plain_class(criterion) is DPLossFastGradientClipping and not is_sharded:
         passes = TwoPasses(
             criterion.module, chain, is_mean=criterion.loss_reduction == "mean"
         )
     criterion._pi_checks = _BackwardChecks(
-        PathsToWeights(criterion.module, chain), passes, tracker
+        PathsToWeights(criterion.module, chain), passes, layers, tracker
     )
     criterion._pi_loss_factors = LossFactors(
         chain,
@@ -276,11 +280,13 @@ class _BackwardChecks:
     Args:
         paths: Checks the first pass.
         passes: Compares both; None: nothing does.
+        layers: Finds layers that compute something else; None: nothing does.
         tracker: Is told when both begin and end.
     """
 
     paths: PathsToWeights
     passes: TwoPasses | None
+    layers: ChangedLayers | None
     tracker: Tracker
 
     def run(self, losses: Tensor, backward: Callable[[], None]) -> None:
@@ -291,15 +297,16 @@ class _BackwardChecks:
             backward: Runs them.
         """
         self.paths.backward_begins(losses)
-        if self.passes is not None:
-            self.passes.begins(losses)
+        followers = [one for one in (self.passes, self.layers) if one is not None]
+        for one in followers:
+            one.begins(losses)
         self.tracker.is_between_backwards = True
         try:
             backward()
         finally:
             self.tracker.is_between_backwards = False
-        if self.passes is not None:
-            self.passes.ended()
+        for one in followers:
+            one.ended()
 
 
 def _with_checks(loss: DPTensorFastGradientClipping, checks: _BackwardChecks) -> Any:
