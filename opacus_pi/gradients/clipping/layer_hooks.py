@@ -19,7 +19,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from opacus_pi._torch_compat import own_parameters
+from opacus_pi._torch_compat import (
+    forward_hooks,
+    forward_pre_hooks,
+    own_parameters,
+)
+from opacus_pi.gradients.clipping.copied_calls import require_copyable
 from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
 from opacus_pi.gradients.fallback import (
     MODEL_ERRORS,
@@ -74,6 +79,9 @@ class LayerHooks:
 
     def __init__(self, taps: Taps | None = None, rule: LayerRule | None = None) -> None:
         self._taps, self._rule = taps, rule
+        self._forward: Any = None  # a method that the user put into the layer
+        self._is_copied = False  # whether copies of the layer are known to be complete
+        self._is_whole = False  # whether the user's hooks run inside these
         self._frozen: dict[str, nn.Parameter] = {}
         self._call: Call = ((), {})
 
@@ -93,7 +101,8 @@ class LayerHooks:
         Returns:
             The handles that remove them.
         """
-        is_whole = self._rule is None
+        self._is_whole = is_whole = self._rule is None
+        self._forward = vars(module).get("forward")
         return [
             module.register_forward_pre_hook(
                 self._before, with_kwargs=True, prepend=is_whole
@@ -126,6 +135,9 @@ class LayerHooks:
         inputs = (*args, *kwargs.values())
         if self._taps is None or not any(self._taps.wants(x) for x in inputs):
             return
+        if vars(module).get("forward") is not self._forward:  # replaced since
+            self._forward = vars(module).get("forward")
+            self._rule, self._is_copied = layer_rule(module), False
         if self._rule is not None and not takes_whole_calls(self._rule):
             if len(inputs) > 1:
                 return  # a rule is for a single input; the layer stays live
@@ -174,11 +186,20 @@ class LayerHooks:
             call: Its arguments, detached.
             grad: The gradient at its output, ``(b, ...)``.
             parameters: The frozen parameters, by name.
+
+        Raises:
+            ValueError: If a copy of the layer computes with the layer's parameters.
         """
         if self._rule is not None:
             return gradients_by_rule(self._rule, module, call, grad, list(parameters))
+        if not self._is_copied:
+            require_copyable(module, call, len(grad))
+            self._is_copied = True
         try:
             copied = same_mode_copy(module)
+            if not self._is_whole:  # the user's hooks have run, or will
+                forward_pre_hooks(copied).clear()
+                forward_hooks(copied).clear()
             found = vmapped_gradients(copied, parameters, call, {0: grad})
         except MODEL_ERRORS as error:
             raise_if_out_of_memory(error)
