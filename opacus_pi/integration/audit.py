@@ -50,7 +50,6 @@ from opacus_pi.integration.audited_update import (
     times_as_large,
 )
 from opacus_pi.integration.failed_updates import failed_update
-from opacus_pi.integration.fast import MODE as FAST_MODE
 from opacus_pi.integration.repeated_calls import changing_part
 from opacus_pi.models.batches import (
     arguments,
@@ -61,7 +60,6 @@ from opacus_pi.models.batches import (
     rows_of,
     to_device,
 )
-from opacus_pi.models.copies import require_own_parameters
 from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording import Recorder
 
@@ -203,7 +201,6 @@ def audit_batch(
         repeated, tolerance = quiet_copy(model, run), rounding_of(model) * 1e-2
         what = changing_part(repeated, loss, x, y, tolerance)
         rows = _not_compared(rows, what) if what else rows
-        rows = tuple(_if_copied(row, outputs, model, run) for row in rows)
     return Audit(run.mode, size, rows, recorded, expected)
 
 
@@ -219,31 +216,6 @@ def _not_compared(rows: tuple[AuditRow, ...], what: str) -> tuple[AuditRow, ...]
     return tuple(
         AuditRow(row.name, None, sentence) if row.name in names else row for row in rows
     )
-
-
-def _if_copied(
-    row: AuditRow, outputs: Any, model: nn.Module, run: AuditedRun
-) -> AuditRow:
-    """Return a row, or another one if norms of an incomplete copy were compared.
-
-    Both norms are then those of the parameters that the copy does not use. The fast
-    mode forms gradients on copies of layers, so there the norms of training are wrong.
-
-    Args:
-        row: A row of an audit.
-        outputs: What a copy of the model returned, with its autograd graph.
-        model: The model.
-        run: How it is trained.
-    """
-    if row.name != "norms":
-        return row
-    try:
-        require_own_parameters(outputs, model.parameters())
-    except ValueError as error:
-        is_wrong = run.mode == FAST_MODE
-        text = f"The norms could not be compared. {error}"
-        return AuditRow(row.name, False if is_wrong else None, text)
-    return row
 
 
 def joined(audits: Sequence[Audit]) -> Audit:

@@ -27,6 +27,7 @@ from opacus_pi.gradients.clipping.completeness import (
     autocast_rounding,
     expected_remainder,
 )
+from opacus_pi.gradients.clipping.copied_calls import require_copyable
 from opacus_pi.gradients.example_gradients import (
     ExampleGradients,
     ExplicitGradients,
@@ -233,11 +234,11 @@ class BatchCache:
             RuntimeError: If an input of the model was overwritten after the forward
                 pass.
             ValueError: If no output of the model was used for the loss, or an output
-                has no row for each example, or the model fails for single examples.
+                has no row for each example, the model fails for single examples, or a
+                copy of it computes with its own parameters.
         """
         shown = ", ".join(sorted(parameters))
         warnings.warn(_SLOW.format(shown), stacklevel=2)
-        copied = same_mode_copy(model)
         calls = [call for call in self.calls if call.cotangents]
         if not calls:
             raise ValueError(BEYOND_THE_OUTPUTS.format(shown))
@@ -245,6 +246,8 @@ class BatchCache:
         if not all(call.inputs.are_unchanged for call in calls):
             raise RuntimeError(_OVERWRITTEN)
         total: dict[str, Tensor] = {}
+        require_copyable(model, calls[0].inputs.call, self.size)
+        copied = same_mode_copy(model)
         try:
             for call in calls:
                 found = vmapped_gradients(

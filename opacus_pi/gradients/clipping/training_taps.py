@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from opacus_pi._torch_compat import current_backward_pass, forward_hooks
 from opacus_pi.gradients.clipping.batch_cache import BatchCache, WholeCall
 from opacus_pi.gradients.clipping.completeness import require_complete
-from opacus_pi.gradients.clipping.copied_calls import require_copyable
 from opacus_pi.gradients.clipping.layer_hooks import (
     LayerHooks,
     RecurrentHooks,
@@ -184,9 +183,6 @@ class TrainingTaps:
         Passes in evaluation mode or without gradients are not changed. At the first
         batch of more than one example, parameters that are not indexed by examples are
         looked for, and left to autograd from then on.
-
-        Raises:
-            ValueError: If a copy of the model computes with the model's parameters.
         """
         self._close()  # an interrupt may have left it open
         self._reached = []
@@ -196,7 +192,6 @@ class TrainingTaps:
         inputs = SavedInputs((args, kwargs))
         cache = self._cache_for(inputs)
         if self._left_to_autograd is None and cache.size > 1:
-            require_copyable(model, inputs.call, cache.size)
             self._left_to_autograd = _not_indexed_by_example(
                 model, inputs.call, cache.size
             )
