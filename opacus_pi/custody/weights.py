@@ -13,7 +13,7 @@ a parameter whose memory was replaced.
 write which torch does not count changes a share s of the entries, at places unrelated
 to these 16. It is missed with probability (1 - s)^16, which is 0.19 for a tenth of the
 entries. A change that was undone before the next update is not seen if torch did not
-count it.
+count it, unless the model was called meanwhile (``custody/weights_in_passes.py``).
 
 >>> weight = torch.zeros(100)
 >>> snapshot = WeightSnapshot()
@@ -24,7 +24,7 @@ count it.
 True
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -46,6 +46,16 @@ _CHANGED = (
     "model: do not make this change. If it was an average or a projection of weights, "
     "brought back earlier weights of this run, or used public data only, nothing needs "
     "to be done."
+)
+
+_OTHERS_IN_PASS = (
+    "The model was called with other weights than those that the update before had "
+    "left, and they were put back before optimizer.step(). If the weights were moved "
+    "by training data, as sharpness-aware minimisation (SAM) moves them along the "
+    "batch's gradient, each gradient depends on all examples of the batch, and "
+    "max_grad_norm does not bound what an example contributes: do not do this. If the "
+    "other weights follow from the weights alone (they are rounded, for example), or "
+    "from random numbers or public data, nothing needs to be done."
 )
 
 _NUM_ENTRIES = 16  # of a parameter
@@ -107,6 +117,18 @@ class WeightSnapshot:
             self._late[device] = differs if earlier is None else earlier | differs
         return False
 
+    def has_changed_in_pass(self, *, counts_only: bool) -> bool:
+        """Return whether the parameters differ, as far as is known at once.
+
+        Args:
+            counts_only: Whether only the counts of writes are compared, which is the
+                fastest.
+        """
+        if not counts_only:
+            return self._differs_on_host()
+        writes = self._writes
+        return writes is not None and writes != counts_of_writes(self._parameters)
+
     def has_changed_late(self) -> bool:
         """Return whether a comparison on an accelerator has found a change."""
         return any(bool(found) for found in self._late.values())
@@ -151,17 +173,28 @@ class WeightsLink:
     Args:
         chain: The chain of custody of the run.
         snapshot: A snapshot of the weights, taken after each update.
+        were_others: Returns whether gradients of the present update are those of other
+            weights. Default: they are not.
     """
 
-    def __init__(self, chain: Chain, snapshot: WeightSnapshot) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        snapshot: WeightSnapshot,
+        were_others: Callable[[], bool] = bool,
+    ) -> None:
         self._chain, self._snapshot = chain, snapshot
+        self._were_others = were_others
         chain.check("weights", _COMPARED)
         chain.on_read(self._report_late, can_break=False)
 
     def before_update(self) -> None:
         """Compare the weights with those after the last update."""
+        were_others = self._were_others()
         if self._snapshot.has_changed():
             self._chain.leave_unchecked("weights", _CHANGED)
+        elif were_others:
+            self._chain.leave_unchecked("weights", _OTHERS_IN_PASS)
 
     def after_update(self) -> None:
         """Take a snapshot: the next update should find the weights unchanged."""

@@ -224,15 +224,21 @@ class OutsideChanges:
         loader: The loader that training iterates over; referred to weakly.
         chain: The chain of custody of the run, to which findings are reported.
         snapshot: Of the weights, taken after each update.
+        were_others: Returns whether the update under way has gradients of other
+            weights. Default: it has not.
     """
 
     def __init__(
-        self, loader: DataLoader[Any], chain: Chain, snapshot: WeightSnapshot
+        self,
+        loader: DataLoader[Any],
+        chain: Chain,
+        snapshot: WeightSnapshot,
+        were_others: Callable[[], bool] = bool,
     ) -> None:
         self._loader = weakref.ref(loader)
         self._schedule = settings_of_schedule(loader)
         self._chain, self._snapshot = chain, snapshot
-        self._weights = WeightsLink(chain, snapshot)
+        self._weights = WeightsLink(chain, snapshot, were_others)
         self._buffers: BufferLink | None = None
         self._noised = NoisedSteps(chain)
         self._last_hook: RemovableHandle | None = None

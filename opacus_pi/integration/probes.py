@@ -41,6 +41,7 @@ from opacus_pi.custody.loss_probe import LossProbe
 from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import ModelProbe
 from opacus_pi.custody.repeated_loss import RepeatedLoss
+from opacus_pi.custody.weights_in_passes import WeightsInPasses
 from opacus_pi.integration.changed_layers import ChangedLayers
 from opacus_pi.integration.lost_gradients import LostGradients
 from opacus_pi.integration.opacus_compat import (
@@ -103,6 +104,7 @@ def probe_model(
     | PathsToWeights
     | LostGradients
     | UnequalCalls
+    | WeightsInPasses
     | None,
 ) -> None:
     """Report the forward passes of a prepared model to a tracker.

@@ -25,6 +25,7 @@ from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import MODEL_NOT_RUN
 from opacus_pi.custody.weights import WeightSnapshot
+from opacus_pi.custody.weights_in_passes import WeightsInPasses
 from opacus_pi.integration.audited_run import AuditedRun, audited_run
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.checks import (
@@ -194,6 +195,7 @@ class PreparedRun:
         self.processes = Processes() if is_distributed else None
         self.tracker = new_tracker(recorder, batch_first=hooks.batch_first)
         self.chain, self.snapshot = Chain(self.tracker.sample_counts), WeightSnapshot()
+        self.in_passes = WeightsInPasses(self.snapshot)
         self.model_probe = new_model_probe(
             recorder, hooks, batch_first=hooks.batch_first
         )
@@ -219,7 +221,7 @@ class PreparedRun:
             What a checkpoint saves of the run; it counts the passes from now on.
         """
         probes = self.model_probe, self.loss_probe, self.paths, self.lost
-        probe_model(self.hooks, self.tracker, *probes, self.calls)
+        probe_model(self.hooks, self.tracker, *probes, self.calls, self.in_passes)
         explain_forward_errors(self.hooks)
         is_own_collate = not keeps_order(user_collate_fn(self.loader))
         observe(self.loader, self.tracker, follow_items=is_own_collate)
@@ -324,7 +326,12 @@ class PreparedRun:
             layers = batch_norms(self.hooks)
             update.gate = FilterGate(renyi_filter, self.tracker, layers)
         if self.processes is None:
-            update.outside = OutsideChanges(self.loader, self.chain, self.snapshot)
+            passes = self.in_passes
+            self.tracker.saw_backward.append(passes.backward_began)
+            self.tracker.forgot_passes.append(passes.gradients_were_cleared)
+            update.outside = OutsideChanges(
+                self.loader, self.chain, self.snapshot, passes.were_others
+            )
         return update
 
     def audited(self, recorder: Recorder) -> AuditedRun:

@@ -21,10 +21,13 @@ from opacus_pi.models.accelerators import kinds_in_use
 
 BEYOND_THE_OUTPUTS = (
     "Running the model again for each example does not give the gradients that "
-    "autograd computed for {}: the loss depends on them in other ways than through "
-    "the model's outputs, or the model is random. Return from forward() every tensor "
-    "that the loss uses, also those that the model stores as attributes. Replace a "
-    "penalty on weights by the optimizer's weight_decay."
+    "autograd computed for {}. Either the loss depends on them in other ways than "
+    "through the model's outputs, or the model is random, or it treats an example "
+    "alone in another way than in its batch, as a model does that splits the batch. "
+    "Return from forward() every tensor that the loss uses, also those that the model "
+    "stores as attributes. Replace a penalty on weights by the optimizer's "
+    "weight_decay. Let the model treat each example in the same way, whatever its "
+    "position in the batch."
 )
 
 

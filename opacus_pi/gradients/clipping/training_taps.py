@@ -52,6 +52,12 @@ _ACCUMULATED = (
     "BatchMemoryManager"
 )  # the wording of Opacus
 
+_UNEQUAL_CALLS = (
+    "One backward pass went through calls of the model with different numbers of "
+    "examples. The fast mode takes them for different batches, and under Poisson "
+    "sampling an update has one. Call the model once with the examples of the batch, "
+    "or several times with all of them, in the same order."
+)
 _AMBIGUOUS_BATCH = (
     "A backward pass through several batches ran layers again (torch.utils.checkpoint "
     "with use_reentrant=True), and it is not known for which of these batches. Use "
@@ -425,7 +431,8 @@ class TrainingTaps:
             return
         self.caches.append(cache)
         if len(self.caches) > 1 and not self.may_accumulate:
-            raise ValueError(_ACCUMULATED)
+            is_same = self._reached and self._backward_pass == current_backward_pass()
+            raise ValueError(_UNEQUAL_CALLS if is_same else _ACCUMULATED)
 
 
 def _not_indexed_by_example(

@@ -40,7 +40,12 @@ _NOT_FORMED = (
 )
 _NO_BATCH = (
     "No backward pass has run through the model in training mode since the last "
-    "optimizer.zero_grad(). Call model.train(), then loss.backward() before step()."
+    "optimizer.zero_grad(). {remedy}, then loss.backward() before step()."
+)
+_EVALUATING = "The model is in evaluation mode now. Call model.train(), then the model"
+_NOT_CALLED = (
+    "The model is in training mode now. Call the model itself, and not its layers one "
+    "by one"
 )
 
 
@@ -119,7 +124,8 @@ class _ClippingFromCache(DPOptimizer):
         taps, model = self._pi_hooks.taps, module_of(self._pi_hooks)
         caches = taps.caches
         if not caches:
-            raise ValueError(_NO_BATCH)
+            remedy = _NOT_CALLED if model.training else _EVALUATING
+            raise ValueError(_NO_BATCH.format(remedy=remedy))
         require_unprocessed(caches)
         # Norms and sums are not taken in half precision, even if the loop is.
         no_autocast = torch.autocast(self.params[0].device.type, enabled=False)
