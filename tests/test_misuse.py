@@ -82,7 +82,13 @@ def test_a_weighted_sampler_is_refused_or_replaced():
 
 @pytest.mark.parametrize(
     ("poisson", "name", "value"),
-    [(True, "sample_rate", 0.9), (False, "batch_size", 24), (True, "steps", 99)],
+    [
+        (True, "sample_rate", 0.9),
+        (False, "batch_size", 24),
+        (True, "steps", 99),
+        (True, "num_samples", 12),
+        (False, "drop_last", True),
+    ],
 )
 def test_a_batch_size_that_was_changed_after_make_private(poisson, name, value):
     training = Training(poisson_sampling=poisson).train(1)

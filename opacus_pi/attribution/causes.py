@@ -46,10 +46,12 @@ __all__ = [
     "OTHER_SIZE",
     "OWN_BATCHES",
     "PARTS_IN_COLLATE",
+    "PASSES_DISAGREE",
     "REPEATED",
     "SEVERAL_BATCHES",
     "SOMETIMES",
     "TRUSTED",
+    "TWO_TENSORS",
     "UNSEEN",
     "UNTRACED",
     "VALUES_MOVED",
@@ -155,6 +157,16 @@ NOT_DELIVERED = Cause(
     "generated samples, so they cannot be matched to examples. If they were computed "
     "from examples of the data set, compute them in the data set instead.",
 )
+TWO_TENSORS = Cause(
+    "two tensors of a batch entered the model in one input",
+    "unattributed",
+    "An input of the model had samples of two tensors of the delivered batch, such as "
+    "two views of each item that were concatenated. So an example had several samples "
+    "in the update, and max_grad_norm does not bound what it contributes. Let one "
+    "sample hold both tensors, and combine them within the model, or call the model "
+    "once for each of them.",
+    link="rows",
+)
 SEVERAL_BATCHES = Cause(
     "samples of several batches entered the model together",
     "unattributed",
@@ -191,7 +203,18 @@ UNSEEN = Cause(
     "no forward pass was seen",
     "unattributed",
     "No forward pass of the model in training mode was seen for these gradients. Call "
-    "the model itself, not its layers.",
+    "the model itself, not its layers. If another engine prepared the same model "
+    "afterwards, only that engine sees its forward passes: use one engine.",
+)
+PASSES_DISAGREE = Cause(
+    "forward passes of one loss have different examples in the same position",
+    "unattributed",
+    "Several forward passes that entered one loss had different examples in the same "
+    "position. Opacus adds up their gradients position by position, so one gradient "
+    "depends on several examples and max_grad_norm bounds none of them. Give all "
+    "passes the same examples in the same order, or form pairs of examples in the data "
+    "set. Use one batch per loss.",
+    link="rows",
 )
 MISMATCH = Cause(
     "gradients and forward passes have different numbers of samples",

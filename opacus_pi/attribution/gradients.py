@@ -17,6 +17,7 @@ from opacus_pi.attribution.causes import (
     ANOTHER_PASS,
     MISMATCH,
     NOT_DELIVERED,
+    PASSES_DISAGREE,
     UNSEEN,
     Cause,
 )
@@ -48,7 +49,21 @@ def with_sizes(done: list[ForwardPass], sizes: list[int]) -> list[ForwardPass]:
             ]
     causes = [f.cause for f in done if f.indices is None and f.cause]
     cause = causes[0] if causes else MISMATCH if done else UNSEEN
+    if cause is MISMATCH and _have_different_samples(done, sizes):
+        cause = PASSES_DISAGREE
     return [_unattributed(size, cause) for size in sizes]
+
+
+def _have_different_samples(done: list[ForwardPass], sizes: list[int]) -> bool:
+    """Return whether gradients are sums over passes with different samples.
+
+    Args:
+        done: Passes that cannot be joined, because their samples differ.
+        sizes: As for ``with_sizes``.
+    """
+    return len(sizes) == 1 < len(done) and all(
+        f.is_recognised and f.num_samples == sizes[0] for f in done
+    )
 
 
 def _without_guesses(done: list[ForwardPass]) -> list[ForwardPass]:

@@ -18,6 +18,7 @@ from opacus_pi.attribution.causes import (
     MIXED,
     MOVED_AND_CHANGED,
     NOT_DELIVERED,
+    TWO_TENSORS,
     Cause,
 )
 from opacus_pi.attribution.delivery import Delivery, Indices
@@ -290,6 +291,8 @@ class Input:
             ]
             if found:
                 best = max(found, key=lambda f: f.num_explained)
+                if any(_is_beside(best, other) for other in found):
+                    best = replace(best, cause=TWO_TENSORS)
                 if best.is_explained.any():
                     findings.append(best)
         return findings
@@ -318,6 +321,17 @@ class SharedRows:
             row = int(given.content.checksums[0])
             key = place, given.content.width
             given.changes = self._rows.setdefault(key, row) != row
+
+
+def _is_beside(best: Finding, other: Finding) -> bool:
+    """Return whether another tensor shows further samples of the same examples.
+
+    Args:
+        best: What the tensor shows that explains most samples of an input.
+        other: What another tensor of the same delivery shows of that input.
+    """
+    rest = other.is_known & ~best.is_explained
+    return bool(np.isin(other.positions[rest], best.positions[best.is_known]).any())
 
 
 def lost_order(now: DelayedChecksums, before: DelayedChecksums) -> Cause | None:

@@ -59,8 +59,11 @@ from opacus_pi.attribution.causes import (
     NO_INDICES,
     OWN_BATCHES,
     PARTS_IN_COLLATE,
+    PASSES_DISAGREE,
     REPEATED,
     TRUSTED,
+    TWO_TENSORS,
+    UNSEEN,
     Cause,
 )
 from opacus_pi.attribution.collate_identity import (
@@ -107,6 +110,22 @@ _DROPPED = (
     "the sampler, independently of the data. If an item is left out because of that "
     "item alone, for example because it cannot be read, nothing needs to be done."
 )
+_UNKNOWN_ROWS = (
+    "Some samples of the updates are unattributed. They are charged as if no example "
+    "had two samples in an update, and none of them held data of several examples. "
+    "That holds for generated samples. It does not hold where an example enters an "
+    "update several times, as two views, windows or the choices of a question."
+)
+_UNKNOWN_DRAWS = (
+    "Some samples of the updates are unattributed. They are charged as if the loader "
+    "had drawn every example that they hold data of for the same update. That holds "
+    "for generated samples. It does not hold for batches of another loader."
+)
+_UNSEEN_MODEL = (
+    "For some gradients no forward pass of the model in training mode was seen, as if "
+    "its layers were called one by one. So it was not checked that what the loop "
+    "computed for one example depends on that example only."
+)
 _SKIPPED = (
     "{num} of {total} batches that the loader delivered entered no update, and later "
     "ones did. If the loop chose its batches by looking at the examples, for example "
@@ -115,7 +134,14 @@ _SKIPPED = (
     "Make one update with each delivered batch. If the choice did not depend on the "
     "data, nothing needs to be done."
 )
-_BREAKING = (INPUTS_DISAGREE, MIXED, MIXED_IN_COLLATE, PARTS_IN_COLLATE)
+_BREAKING = (
+    INPUTS_DISAGREE,
+    MIXED,
+    MIXED_IN_COLLATE,
+    PARTS_IN_COLLATE,
+    PASSES_DISAGREE,
+    TWO_TENSORS,
+)
 _EVIDENCE = {
     "identity": "Samples were recognised by their memory or their content.",
     "rows": "All inputs of each forward pass had the same examples in the same order.",
@@ -552,7 +578,8 @@ class Tracker:
         if sum(self.counts.values()):
             for link in ("identity", "rows"):
                 chain.check(link, _EVIDENCE[link])
-        self._report_unused(chain)
+        self._report_unknown(chain)
+        self.report_left_out(chain)
         self._report_skipped(chain)
         if self.has_additions:
             added = ADDED_IN_COLLATE
@@ -573,8 +600,20 @@ class Tracker:
             elif cause.state != "repeated":
                 chain.leave_unchecked(cause.link, cause.explanation, warn=False)
 
-    def _report_unused(self, chain: Chain) -> None:
-        """Report that the loop or ``collate_fn`` left out a part of a batch."""
+    def _report_unknown(self, chain: Chain) -> None:
+        """Report what is assumed of samples whose example is not known."""
+        if self.counts["unattributed"]:
+            chain.leave_unchecked("rows", _UNKNOWN_ROWS, warn=False)
+            chain.leave_unchecked("draw", _UNKNOWN_DRAWS, warn=False)
+        if UNSEEN.name in self.causes:
+            chain.leave_unchecked("model", _UNSEEN_MODEL, warn=False)
+
+    def report_left_out(self, chain: Chain) -> None:
+        """Report that the loop or ``collate_fn`` left out a part of a batch.
+
+        Args:
+            chain: The chain of custody of the run.
+        """
         latest = 0 if self.latest is None else self.latest.num_left  # perhaps to come
         if self.num_left_out > latest:
             chain.leave_unchecked("draw", _LEFT_OUT, warn=False)

@@ -36,7 +36,7 @@ from opacus_pi.integration.derived import own_scaling, own_step
 from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.noised_steps import NoisedSteps, call_last
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
-from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
+from opacus_pi.integration.schedules import UnchangedSchedule
 from opacus_pi.models.copies import unwrap
 from opacus_pi.recording import Recorder
 
@@ -235,8 +235,7 @@ class OutsideChanges:
         snapshot: WeightSnapshot,
         were_others: Callable[[], bool] = bool,
     ) -> None:
-        self._loader = weakref.ref(loader)
-        self._schedule = settings_of_schedule(loader)
+        self._schedule = UnchangedSchedule(loader, chain)
         self._chain, self._snapshot = chain, snapshot
         self._weights = WeightsLink(chain, snapshot, were_others)
         self._buffers: BufferLink | None = None
@@ -351,11 +350,7 @@ class OutsideChanges:
         self._has_noise, self._is_current = True, is_current
         if not is_current:
             return
-        loader = self._loader()
-        if loader is not None:  # its truth value would be computed from its length
-            reason = changed_schedule(self._schedule, loader)
-            if reason:
-                self._chain.break_link("schedule", reason)
+        self._schedule.compare()
 
     def weights_were_updated(self) -> None:
         """Note the weights: nothing should write to them until the next update."""

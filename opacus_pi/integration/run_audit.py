@@ -92,7 +92,8 @@ def _compare_loop(
 
     Returns:
         Whether the link "loss" waits for the loop; False after ``make_monitored``,
-        which compares gradients of the loop by itself.
+        which compares gradients of the loop by itself if there is noise, and otherwise
+        leaves the link unchecked.
     """
     update, audited = run.present_update(), run.audited
     if update is None or audited is None:

@@ -7,6 +7,7 @@ neither, with what to do about it, or None. Training goes on in any case; only t
 numbers are refused.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from opacus_pi.custody import Chain
 from opacus_pi.recording.deletable_last import DeletableLast
 
 _ONCE_PER_EPOCH = (SequentialSampler, SubsetRandomSampler, DistributedSampler)
@@ -85,17 +87,21 @@ def unknown_schedule(loader: DataLoader[Any]) -> str | None:
 
 
 def settings_of_schedule(loader: DataLoader[Any]) -> tuple[Any, ...]:
-    """Return length, sample rate and batch size of a loader.
+    """Return length, sample rate, batch size and other settings of a loader.
 
     They are compared at each update: while they are equal, the loader draws each
     example as often as when it was prepared.
     """
-    batches = loader.batch_sampler
+    batches, sampler = loader.batch_sampler, _drawing_sampler(loader)
     is_drawn = batches is not None and not isinstance(loader.dataset, IterableDataset)
     return (
         len(cast(Any, batches)) if is_drawn else len(loader),  # the same, but quicker
         getattr(batches, "sample_rate", None),
         getattr(batches, "batch_size", None),
+        getattr(batches, "drop_last", None),
+        type(sampler),
+        getattr(sampler, "num_samples", None),  # of a Poisson sampler: drawn from
+        getattr(sampler, "replacement", None),
     )
 
 
@@ -109,10 +115,32 @@ def changed_schedule(before: tuple[Any, ...], loader: DataLoader[Any]) -> str | 
     if settings_of_schedule(loader) == before:
         return None
     return (
-        "The loader's batch size, sample rate or length changed after make_private, "
-        "but the accountant still counts with the earlier sample rate. Make a new "
-        "loader, and call make_private with it."
+        "The loader's sampler, or its num_samples, batch size, sample rate or length "
+        "changed after make_private or make_monitored, but the accounting assumes the "
+        "earlier ones. Make a new loader, and call make_private or make_monitored with "
+        "it."
     )
+
+
+class UnchangedSchedule:
+    """Looks at each update whether a loader draws as it did when it was prepared.
+
+    Args:
+        loader: The loader that training iterates over; referred to weakly.
+        chain: Its link "schedule" is broken if the loader was changed.
+    """
+
+    def __init__(self, loader: DataLoader[Any], chain: Chain) -> None:
+        self._loader, self._chain = weakref.ref(loader), chain
+        self._before = settings_of_schedule(loader)
+
+    def compare(self) -> None:
+        """Compare the loader's settings with the earlier ones."""
+        loader = self._loader()
+        if loader is not None:  # its truth value would be computed from its length
+            reason = changed_schedule(self._before, loader)
+            if reason:
+                self._chain.break_link("schedule", reason)
 
 
 def overlapping(loader: DataLoader[Any], num_processes: int) -> str | None:

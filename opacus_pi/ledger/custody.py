@@ -197,9 +197,11 @@ class Custody:
         return (
             f"{self.num_unattributed} of {self.num_samples} samples are unattributed: "
             f"it is not known which examples they are. At most {MAX_UNATTRIBUTED:.0%} "
-            f"are allowed. {self.cause} Alternatively, pass "
+            f"are allowed. {self.cause} Only if you know that no example has several "
+            "of these samples in an update, and that the loader drew it for the same "
+            "update, as for generated samples, which hold data of no example, pass "
             'Recorder(unattributed="worst_case"): it charges every example that may be '
-            "among them at the clip norm."
+            "among them at the clip norm, and lists this as an assumption."
         )
 
     def to_json(self) -> str:

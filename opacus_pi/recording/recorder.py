@@ -251,7 +251,10 @@ class Recorder(RecorderOptions):
         batch_size: Examples a sweep measures at once.
         unattributed: What to do if more than 1 % of the samples are unattributed.
             ``"refuse"``: give no ledger. ``"worst_case"``: in every row with such
-            samples, charge each example that was not observed at the clip norm.
+            samples, charge each example that was not observed at the clip norm. This is
+            right only if no example has several samples in an update, and each is in
+            the draw of the update, as for generated samples; it is listed as an
+            assumption.
         checkpoints: Saves states of the training, and every participation, so that
             ``Unlearner.rewind`` can go back. Default: nothing is saved.
 

@@ -38,7 +38,7 @@ LOOPS = {  # cause: a loop that has it, and what its warning must say
     causes.OTHER_SIZE: (two_views, "more or fewer samples.*one sample for each"),
     causes.SOMETIMES: (transformed_at_last, "although those of other batches were"),
     causes.UNSEEN: (loops.inner_layers_only, "No forward pass.*Call the model itself"),
-    causes.MISMATCH: (loops.two_batches_in_one_loss, "Use one batch per loss"),
+    causes.PASSES_DISAGREE: (loops.two_batches_in_one_loss, "Use one batch per loss"),
 }
 
 

@@ -10,7 +10,8 @@ So in the first updates, and in one of 32 later ones, the gradient is computed a
 a copy of the model in the same mode, with the random numbers of the forward pass. The
 two are equal, or a multiple of each other (the link "noise" is broken), or different
 (another loss, the link "loss" is unchecked). Two comparisons are at most 63 updates
-apart; a generator of this file draws how many.
+apart, in the first 63 updates at most as many as were made before; a generator of this
+file draws how many.
 
 *What breaks it.* Another loss in k single updates after the first ones is missed with a
 probability of (31/32)^k, and one that begins within the last 63 updates may be. Models
@@ -76,6 +77,7 @@ _SAME = (
     "The gradients of the first updates, and of one of 32 later ones, were those of "
     "the mean of the criterion."
 )
+_NOT_YET = " The last {num} updates were not compared."
 
 
 class GradientScale:
@@ -95,6 +97,8 @@ class GradientScale:
         self._criterion = per_example_criterion(criterion)
         self._draws = random.Random(0)  # no secret: it only spreads the comparisons
         self._num_updates = self._num_compared = self._num_attempts = 0
+        self._last_right = 0  # update whose gradient was the expected one
+        chain.on_read(self._say_last, can_break=False)
         self._next: float = 1  # update that is compared
         self._passes: list[ForwardCall] = []
         self._keep_batches()
@@ -126,7 +130,8 @@ class GradientScale:
             if self._compare(passes, parameters):
                 self._num_compared += 1
                 is_early = self._num_compared < _NUM_FIRST
-                gap = 1 if is_early else self._draws.randint(1, _LARGEST_GAP)
+                largest = min(_LARGEST_GAP, self._num_updates + 1)
+                gap = 1 if is_early else self._draws.randint(1, largest)
                 self._next, self._num_attempts = self._num_updates + 1 + gap, 0
             elif self._num_attempts >= _MAX_ATTEMPTS:
                 self._next = math.inf
@@ -181,6 +186,13 @@ class GradientScale:
             self._chain.break_link("noise", _SCALED.format(ratio=ratio))
         else:
             self._chain.check("loss", _SAME)
+            self._last_right = self._num_updates + 1
+
+    def _say_last(self) -> None:
+        """Say how many updates there were since the last one that was compared."""
+        num = self._num_updates - self._last_right
+        if self._last_right and num:
+            self._chain.check("loss", _SAME + _NOT_YET.format(num=num))
 
     def _gradients(
         self,

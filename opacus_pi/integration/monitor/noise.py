@@ -100,7 +100,7 @@ class NoiseHook:
         """
         _check_step(optimizer, args[1] if len(args) > 1 else kwargs.get("closure"))
         parameters = held_by(optimizer)
-        if self.scale is not None:
+        if self.scale is not None and not self.chain.is_broken("draw"):
             self.scale.compare(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
         batch_size = _batch_size(self.tracker)

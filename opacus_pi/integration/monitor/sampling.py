@@ -11,15 +11,17 @@ example from parts of it that were transformed in the training loop; a warning s
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from opacus.data_loader import DPDataLoader
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from opacus_pi.attribution import Tracker
-from opacus_pi.attribution.delivery import ForwardPass
+from opacus_pi.attribution.delivery import Delivery, ForwardPass, Indices
 from opacus_pi.attribution.evidence import assumed, recognised
 from opacus_pi.models.batches import size_of
 
@@ -126,6 +128,7 @@ class BatchCounter:
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
         self._warned = False
+        self._passes: list[ForwardPass] = []
 
     def __call__(self) -> int:
         """Return the number of batches whose gradients made the latest update.
@@ -134,7 +137,7 @@ class BatchCounter:
             At least 1: an update without a forward pass in training mode is assumed to
             be based on one batch.
         """
-        passes = self._tracker.take()
+        passes = self._passes = self._tracker.take()
         known = {id(p.delivery) for p in passes if p.delivery is not None}
         unknown = sum(p.delivery is None for p in passes)
         # A single unidentified pass is one batch in any case: nothing to warn of.
@@ -145,3 +148,30 @@ class BatchCounter:
                 stacklevel=2,
             )
         return max(1, len(known) + unknown)
+
+    def examples_of(self, batches: Sequence[Delivery]) -> list[Indices]:
+        """Return the examples of each batch that the latest update used.
+
+        These are all of them, unless each forward pass is known to have had only
+        certain samples of its batch.
+
+        Args:
+            batches: The batches whose gradients made the update.
+
+        Returns:
+            int64 ``(k,)`` for each batch whose indices are known, each index once.
+        """
+        found = []
+        for batch in batches:
+            whole = batch.index_array
+            if whole is None:
+                continue
+            own = [p for p in self._passes if p.delivery is batch]
+            used = [p.indices for p in own if p.distinct_indices() is None]
+            known = [indices for indices in used if indices is not None]
+            is_known = len(known) == len(own) > 0
+            if is_known and all(indices.min(initial=0) >= 0 for indices in known):
+                whole = np.unique(np.concatenate(known))
+            found.append(whole)
+        self._passes = []
+        return found

@@ -49,6 +49,7 @@ from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
 from opacus_pi.gradients import Sweep
 from opacus_pi.integration.earlier_updates import say_earlier_updates
 from opacus_pi.integration.held_weights import held_by
+from opacus_pi.integration.monitor.earlier_gradients import EarlierGradients
 from opacus_pi.integration.monitor.gradient_scale import GradientScale
 from opacus_pi.integration.monitor.noise import NoiseHook
 from opacus_pi.integration.monitor.sampling import (
@@ -59,6 +60,7 @@ from opacus_pi.integration.monitor.sampling import (
 )
 from opacus_pi.integration.noised_steps import CallLast
 from opacus_pi.integration.schedules import (
+    UnchangedSchedule,
     overlapping,
     unknown_schedule,
     user_collate_fn,
@@ -91,6 +93,18 @@ _TWICE = (
     "An example was in several of the batches whose gradients were accumulated for one "
     "update, so its gradient entered that update more than once, and is charged once. "
     "Call optimizer.step() before the loader begins its next pass."
+)
+_UNKNOWN_BATCH = (
+    "It was not seen which delivered batch an update used, so its examples are not "
+    "counted. Give the model the batches of the returned loader, in training mode, and "
+    "transform inputs in the data set."
+)
+_NOT_COMPARED = (
+    "Without noise, the gradients of the training loop are not compared with those of "
+    "the criterion that make_monitored was given. Every update is taken to be one on "
+    "the mean of this criterion over its batch. If the loop trains on another loss, or "
+    "multiplies the loss by a factor that changes, the recorded norms are not those of "
+    "its updates."
 )
 _EVIDENCE = {
     "schedule": "The loader's samplers are known.",
@@ -233,12 +247,17 @@ def monitor(
     )
     _break_schedule(custody.chain, loader, processes)
     noise, chain = None, custody.chain
-    if noise_std > 0:
+    if noise_std == 0:
+        chain.leave_unchecked("loss", _NOT_COMPARED, warn=False)
+    else:
         scale = GradientScale(module, criterion, tracker, chain)
         size, generator = scheme.mean_batch_size, noise_generator
         noise = NoiseHook(noise_std, size, recorder, chain, tracker, scale, generator)
     _add_hooks(module, optimizer, recorder, tracker, scheme, noise, custody)
     _watch_weights(module, optimizer, custody, swept, noise)
+    schedule = UnchangedSchedule(loader, chain)
+    handle = optimizer.register_step_post_hook(lambda *_: schedule.compare())
+    _HOOK_HANDLES[optimizer].append(handle)
     observe(loader, tracker, is_in_order=keeps_order(user_collate_fn(data_loader)))
     return module, optimizer, loader
 
@@ -366,7 +385,9 @@ def _add_hooks(
         for handle in _HOOK_HANDLES.pop(owner, []):
             handle.remove()
     noise_std = 0.0 if noise is None else noise.noise_std
-    count_batches = BatchCounter(tracker)
+    count_batches, earlier = BatchCounter(tracker), EarlierGradients(chain)
+    tracker.saw_backward.append(earlier.backward_began)
+    chain.on_read(partial(tracker.report_left_out, chain))
 
     def count_update(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -383,9 +404,11 @@ def _add_hooks(
         )
         batches = tracker.end_update()
         draws.update_was_made(batches)
-        known = [b.index_array for b in batches if b.index_array is not None]
+        earlier.update_was_made(held_by(optimizer))
+        known = count_batches.examples_of(batches)
         if len(known) < len(batches) or not batches:
             recorder.note_unattributed(is_counted=True)
+            chain.leave_unchecked("draw", _UNKNOWN_BATCH, warn=False)
         together = np.concatenate([np.empty(0, np.int64), *known])
         examples, counts = np.unique(together[together >= 0], return_counts=True)
         recorder.count_participations(examples)
@@ -397,7 +420,11 @@ def _add_hooks(
     probe.report_to(tracker, saw_pass=[model_probe.saw] if model_probe else [])
     _HOOK_HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
 
-    def begin_update(*_: Any) -> None:
+    def begin_update(
+        optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if (args[1] if len(args) > 1 else kwargs.get("closure")) is None:
+            earlier.update_begins()
         say_earlier_updates(optimizer, recorder, chain)
         recorder.begin_update()
 

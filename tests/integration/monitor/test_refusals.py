@@ -56,6 +56,7 @@ def test_accumulated_gradients_are_refused_and_left_as_they_are():
 def test_batches_from_elsewhere_are_refused():
     run = monitored()
     train(run)
+    run.optimizer.zero_grad()
     x, y = next(iter(DataLoader(linear_data(), batch_size=4)))
     cross_entropy(run.module(x + 1), y).backward()
     run.optimizer.step()
