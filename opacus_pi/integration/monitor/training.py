@@ -247,17 +247,13 @@ def monitor(
     )
     _break_schedule(custody.chain, loader, processes)
     noise, chain = None, custody.chain
-    if noise_std == 0:
-        chain.leave_unchecked("loss", _NOT_COMPARED, warn=False)
-    else:
+    if noise_std > 0:
         scale = GradientScale(module, criterion, tracker, chain)
         size, generator = scheme.mean_batch_size, noise_generator
         noise = NoiseHook(noise_std, size, recorder, chain, tracker, scale, generator)
     _add_hooks(module, optimizer, recorder, tracker, scheme, noise, custody)
     _watch_weights(module, optimizer, custody, swept, noise)
-    schedule = UnchangedSchedule(loader, chain)
-    handle = optimizer.register_step_post_hook(lambda *_: schedule.compare())
-    _HOOK_HANDLES[optimizer].append(handle)
+    _watch_loop(loader, optimizer, chain, has_noise=noise is not None)
     observe(loader, tracker, is_in_order=keeps_order(user_collate_fn(data_loader)))
     return module, optimizer, loader
 
@@ -438,6 +434,24 @@ def _add_hooks(
         _HOOK_HANDLES[module].append(handle)
     if noise is not None:
         _HOOK_HANDLES[optimizer].append(optimizer.register_step_pre_hook(noise))
+
+
+def _watch_loop(
+    loader: DataLoader[Any], optimizer: Optimizer, chain: Chain, *, has_noise: bool
+) -> None:
+    """Compare the settings of the loader in each update; say that losses are not.
+
+    Args:
+        loader: The loader that the training loop will iterate over.
+        optimizer: The optimizer of the run.
+        chain: The chain of custody of the run.
+        has_noise: Whether a hook adds noise, which compares gradients, too.
+    """
+    if not has_noise:
+        chain.leave_unchecked("loss", _NOT_COMPARED, warn=False)
+    schedule = UnchangedSchedule(loader, chain)
+    handle = optimizer.register_step_post_hook(lambda *_: schedule.compare())
+    _HOOK_HANDLES[optimizer].append(handle)
 
 
 def _watch_weights(
