@@ -72,6 +72,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "load_hooks",
     "makes_own_iterators",
+    "never_compile",
     "next_index",
     "num_writes",
     "operation_overload",
@@ -102,6 +103,7 @@ BACKWARD_HOOK_FUNCTION = "BackwardHookFunction"
 # Attributes of a module that hold its hooks, each a dict from a number to the hook.
 FORWARD_HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
 BACKWARD_HOOK_TABLES = ("_backward_pre_hooks", "_backward_hooks")
+_NEVER_COMPILED: set[str] = set()
 # Attribute in which ``module.compile()`` keeps the compiled call.
 COMPILED_CALL = "_compiled_call_impl"
 # Method of convolutions that does what ``forward`` does; subclasses override it, too.
@@ -218,6 +220,24 @@ def running_node() -> Node | None:
     return torch._C._current_autograd_node()
 
 
+def never_compile(package: str) -> None:
+    """Have ``torch.compile`` run the functions of a package as they are.
+
+    What it compiles calls the forward hooks of a module, too. A hook may do what the
+    compiler cannot trace: it takes a weak reference to a module for a call of the
+    module. Making any optimizer of torch has imported the compiler already. Source:
+    ``torch._dynamo.trace_rules.add``.
+
+    Args:
+        package: Its name.
+    """
+    if package not in _NEVER_COMPILED:
+        from torch._dynamo import trace_rules
+
+        trace_rules.add(package)
+        _NEVER_COMPILED.add(package)
+
+
 def starts_of_backward() -> list[Node]:
     """Return the nodes of autograd's graph at which the pass that runs now began.
 
@@ -227,23 +247,33 @@ def starts_of_backward() -> list[Node]:
     of ``torch.autograd.graph._engine_run_backward``.
 
     Returns:
-        Those of all passes that run now, in any thread. A pass that was begun in
-        another way has none here, so whoever needs the graph of one pass must look
-        whether ``running_node`` is in the graph of these nodes.
+        Those of all passes that run now in this thread, or, if there are none, in any
+        thread. A pass that was begun in another way has none here, so whoever needs the
+        graph of one pass must look whether ``running_node`` is in the graph of these
+        nodes.
+    """
+    found = _starts_in(sys._getframe())
+    if not found:
+        for present in map(_starts_in, sys._current_frames().values()):
+            found += present
+    return found
+
+
+def _starts_in(present: FrameType | None) -> list[Node]:
+    """Return the nodes at which the backward passes began that run in a thread.
+
+    Args:
+        present: The innermost frame of the thread.
     """
     code = torch.autograd.graph._engine_run_backward.__code__
     found: list[Node | None] = []
-    present: FrameType | None
-    for present in sys._current_frames().values():
-        while present is not None:
-            if present.f_code is code:
-                outputs = present.f_locals["t_outputs"]
-                found += [
-                    t.grad_fn if isinstance(t, Tensor) else t.node for t in outputs
-                ]
-            present = present.f_back
-    # No variable refers to a frame here: this function's own one is among them, and
-    # such a cycle would keep the variables of all callers, the loop's batch included.
+    while present is not None:
+        if present.f_code is code:
+            outputs = present.f_locals["t_outputs"]
+            found += [t.grad_fn if isinstance(t, Tensor) else t.node for t in outputs]
+        present = present.f_back
+    # No variable refers to a frame here: that of the caller is among them, and such a
+    # cycle would keep the variables of all callers, the loop's batch included.
     return [node for node in found if node is not None]
 
 

@@ -50,6 +50,7 @@ __all__ = [
     "REPEATED",
     "SEVERAL_BATCHES",
     "SOMETIMES",
+    "TAKEN_OVER",
     "TRUSTED",
     "TWO_TENSORS",
     "UNSEEN",
@@ -215,6 +216,14 @@ PASSES_DISAGREE = Cause(
     "passes the same examples in the same order, or form pairs of examples in the data "
     "set. Use one batch per loss.",
     link="rows",
+)
+TAKEN_OVER = Cause(
+    "a later run has taken the model over",
+    "unattributed",
+    "The model was prepared again by a later make_private, and its forward passes are "
+    "reported to that run since, so the samples of this one are not known. Train a "
+    "model with one engine: neither the ledger nor get_epsilon of the first covers the "
+    "updates of the second.",
 )
 MISMATCH = Cause(
     "gradients and forward passes have different numbers of samples",

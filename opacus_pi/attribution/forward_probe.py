@@ -50,6 +50,11 @@ class ForwardProbe:
         self._is_second_backward: Callable[[], bool] = _never
         self.handle: Any = None
 
+    @property
+    def tracker(self) -> Tracker | None:
+        """The tracker that passes are reported to, while it exists."""
+        return self._tracker()
+
     def report_to(
         self,
         tracker: Tracker,
@@ -137,6 +142,9 @@ def probe(
             del hooks[key]
             continue
         # prepared before
+        earlier = hooks[key].tracker
+        if earlier is not None and earlier is not tracker:
+            earlier.is_taken_over = True
         hooks[key].report_to(tracker, is_second_backward, saw_pass)
         handle: RemovableHandle = hooks[key].handle
         return handle

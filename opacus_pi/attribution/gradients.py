@@ -26,7 +26,9 @@ from opacus_pi.attribution.delivery import UNATTRIBUTED, ForwardPass, Indices
 __all__ = ["with_sizes"]
 
 
-def with_sizes(done: list[ForwardPass], sizes: list[int]) -> list[ForwardPass]:
+def with_sizes(
+    done: list[ForwardPass], sizes: list[int], unseen: Cause = UNSEEN
+) -> list[ForwardPass]:
     """Return one pass, with indices, for each set of gradients.
 
     Args:
@@ -34,6 +36,7 @@ def with_sizes(done: list[ForwardPass], sizes: list[int]) -> list[ForwardPass]:
             samples are not known is taken to have as many samples as the gradients at
             its position.
         sizes: How many samples each backward pass left gradients of, in the same order.
+        unseen: Why gradients may have no pass.
     """
     if len(done) == len(sizes) == 1 and done[0].num_samples == sizes[0]:
         return done  # nearly always
@@ -44,11 +47,11 @@ def with_sizes(done: list[ForwardPass], sizes: list[int]) -> list[ForwardPass]:
         pairs = list(zip(passes, sizes, strict=True))
         if all(f.num_samples in (None, size) for f, size in pairs):
             return [
-                _unattributed(size, f.cause or UNSEEN) if f.num_samples is None else f
+                _unattributed(size, f.cause or unseen) if f.num_samples is None else f
                 for f, size in pairs
             ]
     causes = [f.cause for f in done if f.indices is None and f.cause]
-    cause = causes[0] if causes else MISMATCH if done else UNSEEN
+    cause = causes[0] if causes else MISMATCH if done else unseen
     if cause is MISMATCH and _have_different_samples(done, sizes):
         cause = PASSES_DISAGREE
     return [_unattributed(size, cause) for size in sizes]

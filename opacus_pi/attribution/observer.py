@@ -44,6 +44,7 @@ from opacus_pi.attribution.collate_identity import (
     UNCHECKED,
     FollowedBatch,
     FollowingCollate,
+    keeps_order,
 )
 from opacus_pi.attribution.delivery import LoaderPass
 from opacus_pi.attribution.plain_indexing import indexes_plainly, loads_batches
@@ -83,6 +84,8 @@ class LoaderObserver:
 
     Attributes:
         batch_dim: The dimension that should run over the samples of a batch.
+        known_collate: The ``collate_fn`` of the loader when it was observed; None: not
+            known.
         position: The ``EpochPosition`` whose ``begin_pass`` is called when a pass
             begins, so that the pass can be resumed; may be None.
         num_passes: How many passes have begun.
@@ -102,6 +105,7 @@ class LoaderObserver:
     ) -> None:
         self._tracker = None if tracker is None else weakref.ref(tracker)
         self.follow_items = follow_items
+        self.known_collate: Any = None
         self._unfollowed = BY_CONSTRUCTION if is_in_order else NOT_FOLLOWED
         self.batch_dim = 0 if tracker is None else tracker.batch_dim
         self.position: Position | None = None
@@ -134,6 +138,16 @@ class LoaderObserver:
         """Count the passes that were left, and keep those that are under way."""
         self._num_left += sum(p.is_over and not p.has_ended for p in self._open)
         self._open = [p for p in self._open if p.is_under_way]
+
+    def follow_new_collate(self, collate_fn: Any) -> None:
+        """Follow the items from now on if another ``collate_fn`` makes the batches.
+
+        Args:
+            collate_fn: That of the loader of which a pass is about to begin.
+        """
+        is_known = self.known_collate in (None, collate_fn)
+        if not is_known and not keeps_order(collate_fn):
+            self.follow_items = True
 
     def begin_pass(self, loader: DataLoader[Any], make: Callable[[], Any]) -> Any:
         """Begin a pass over a loader.
@@ -227,6 +241,7 @@ def observe(
     observer = LoaderObserver(
         tracker, follow_items=follow_items, is_in_order=is_in_order
     )
+    observer.known_collate = loader.collate_fn
     _attach(loader, observer, in_parts=False)
     if tracker is not None:
         tracker.indexes_plainly = indexes_plainly(loader.dataset)
@@ -394,6 +409,7 @@ def _observed_loader(base: type) -> type:
             observer, make = self._pi_observer, super()._get_iterator
             if get_worker_info():  # a copy inside another loader's worker process
                 return make()
+            observer.follow_new_collate(self.collate_fn)
             if observer.follow_items and not makes_own_iterators(base):
                 make = partial(_following_iterator, self, base, observer.batch_dim)
             return observer.begin_pass(self, make)

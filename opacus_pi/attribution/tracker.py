@@ -61,6 +61,7 @@ from opacus_pi.attribution.causes import (
     PARTS_IN_COLLATE,
     PASSES_DISAGREE,
     REPEATED,
+    TAKEN_OVER,
     TRUSTED,
     TWO_TENSORS,
     UNSEEN,
@@ -184,6 +185,7 @@ class Tracker:
         forgot_passes: Called when gradients were cleared that no update had used.
         is_between_backwards: Whether a loss of ghost clipping runs its two backward
             passes; between them it clears the gradients itself.
+        is_taken_over: Whether the model reports its passes to a later run.
         keeps_outputs: Whether the addresses of outputs are noted, for ``is_output``.
         causes: How many samples were uncertain, by the name of the cause. A sample may
             have several causes. ``explanation`` has the sentences.
@@ -197,7 +199,7 @@ class Tracker:
         self.counts = dict.fromkeys(EVIDENCE, 0)
         self.keeps_batches = self.keeps_outputs = False
         self.indexes_plainly = self.loads_batches = False
-        self.is_between_backwards = False
+        self.is_between_backwards = self.is_taken_over = False
         self.looks_at_batch: Callable[[Delivery, Any], bool] | None = None
         self.saw_pass: Callable[[ForwardPass, Any], None] | None = None
         self.saw_backward: list[Callable[..., None]] = []
@@ -540,7 +542,8 @@ class Tracker:
         Raises:
             AccountingError: If the tracker is strict and a sample is uncertain.
         """
-        passes = with_sizes(self.take(clipped_only=clipped_only), list(sizes))
+        unseen = TAKEN_OVER if self.is_taken_over else UNSEEN
+        passes = with_sizes(self.take(clipped_only=clipped_only), list(sizes), unseen)
         for forward in passes:
             self._count(forward)
         return passes

@@ -9,6 +9,12 @@ and when results are read.
 
 Tensors that layers keep in other attributes are watched in the same way.
 
+The probe sees what one batch does to a buffer. It cannot see that a buffer keeps the
+largest activation of all batches, as observers do for quantisation: that of the probed
+batch is there already. So buffers of floating-point numbers that forward passes in
+training mode write to are noted, too. If one has other values when results are read,
+and the probe did not see it change by itself, as a schedule does, this is said.
+
 *Guarantee.* Three changes are found: a write that torch counts, a change of a whole
 buffer, and a buffer that was replaced by one with other values. Nothing is written, and
 no random number is drawn.
@@ -31,7 +37,7 @@ True
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -47,7 +53,7 @@ from opacus_pi._torch_compat import (
     remove_hooks,
 )
 from opacus_pi.custody.chain import Chain
-from opacus_pi.custody.weights import WeightSnapshot
+from opacus_pi.custody.weights import WeightSnapshot, is_plain, sampled_entries
 
 __all__ = ["BufferLink", "watch_buffers"]
 
@@ -58,6 +64,15 @@ _CHANGED = (
     "get_epsilon nor the ledger covers the model: keep the buffer fixed during "
     "training. If they do not, as in a count of updates or a schedule, nothing needs "
     "to be done."
+)
+
+_WRITTEN = (
+    "Forward passes in training mode write to the buffer {name!r} of the model, and "
+    "its values have changed. Whether they depend on the examples is not known; the "
+    "largest activation so far, which observers keep for quantisation, does. If they "
+    "do, later outputs depend on earlier examples without any noise, so neither "
+    "get_epsilon nor the ledger covers the model: keep the buffer fixed during "
+    "training. If they do not, as in a schedule, nothing needs to be done."
 )
 
 # A layer, what returns one of its tables, and a key of this table.
@@ -73,13 +88,18 @@ class BufferLink:
         model: The user's module, with buffers; referred to weakly.
         chain: The chain of custody of the run. A change leaves its link "weights"
             unchecked, because what was written may be harmless.
+        schedules: Names of buffers of which it is known that forward passes change
+            them by themselves, read when results are; None: what forward passes write
+            is not reported.
 
     Attributes:
         handles: Remove the hooks that ``watch_buffers`` has put on the model.
         num_watched: How many tensors of the model are watched.
     """
 
-    def __init__(self, model: nn.Module, chain: Chain) -> None:
+    def __init__(
+        self, model: nn.Module, chain: Chain, schedules: Collection[str] | None = None
+    ) -> None:
         self.handles: tuple[RemovableHandle, ...] = ()
         self._chain = chain
         # Where tensors are: a walk over all layers in each pass would be slow.
@@ -93,8 +113,13 @@ class BufferLink:
         self._writes: list[int] = []
         self._snapshot = WeightSnapshot()
         self._is_in_pass = False
+        self._schedules = schedules
+        self._written: set[str] = set()  # by forward passes in training mode
+        self._first: dict[str, Tensor] | None = None  # entries before the first pass
         self.num_watched = len(self._places)
+        self._buffers = {name for name, _ in model.named_buffers()}
         chain.on_read(self._compare, can_break=False)
+        chain.on_read(self._report_written, can_break=False)
 
     def before_pass(self) -> None:
         """Compare the buffers: a forward pass is about to begin.
@@ -104,11 +129,42 @@ class BufferLink:
         if not self._is_in_pass:
             self._compare()
         self._is_in_pass = True
+        if self._first is None:
+            present = self._present()
+            self._note(present)
+            self._first = {n: _entries(t) for n, t in present.items() if _is_real(t)}
 
-    def after_pass(self) -> None:
-        """Note the buffers: a forward pass has ended, and may have written to them."""
+    def after_pass(self, *, is_training: bool = False) -> None:
+        """Note the buffers: a forward pass has ended, and may have written to them.
+
+        Args:
+            is_training: Whether it was one in training mode.
+        """
         self._is_in_pass = False
-        self._note(self._present())
+        present = self._present()
+        ids, writes = list(map(id, present.values())), list(present.values())
+        if is_training and (ids, counts_of_writes(writes)) != (self._ids, self._writes):
+            self._written.update(self._written_since(present))
+        self._note(present)
+
+    def _written_since(self, present: dict[str, Tensor]) -> Iterator[str]:
+        """Yield the names of the buffers that were written to since they were noted."""
+        before = zip(self._noted.items(), self._writes, strict=True)
+        noted = {name: (id(tensor), count) for (name, tensor), count in before}
+        counts = counts_of_writes(list(present.values()))
+        for (name, tensor), count in zip(present.items(), counts, strict=True):
+            if noted.get(name) != (id(tensor), count):
+                yield name
+
+    def _report_written(self) -> None:
+        """Leave "model" unchecked if forward passes may keep data in a buffer."""
+        present, first = self._present(), self._first or {}
+        for name in self._written & first.keys() & present.keys() & self._buffers:
+            is_known = self._schedules is None or name in self._schedules
+            if is_known or not _is_real(present[name]):
+                continue
+            if not _is_same(first[name], _entries(present[name])):
+                self._chain.leave_unchecked("model", _WRITTEN.format(name=name))
 
     def state_dict_was_loaded(self) -> None:
         """Accept the write if it brought the buffers back, as after an evaluation."""
@@ -178,6 +234,16 @@ def _places(prefix: str, layer: nn.Module) -> Iterator[tuple[str, _Place]]:
             yield start + key, (reference, vars, key)
 
 
+def _is_real(tensor: Tensor) -> bool:
+    """Return whether entries of a tensor can be compared later: floating and dense."""
+    return is_plain(tensor) and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    """Return copies of at most 16 entries."""
+    return sampled_entries(tensor.detach()).clone()
+
+
 def _is_same(before: Tensor | None, now: Tensor | None) -> bool:
     """Return whether a buffer is the same object, or one with the same values."""
     if before is now:
@@ -203,22 +269,29 @@ class _PassHook:
         self._link = None if link is None else weakref.ref(link)
         self._is_before = is_before
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, module: nn.Module, *_: Any) -> None:
         link = None if self._link is None else self._link()
-        if link is not None:
-            link.before_pass() if self._is_before else link.after_pass()
+        if link is None:
+            return
+        if self._is_before:
+            link.before_pass()
+        else:
+            link.after_pass(is_training=module.training)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _PassHook, ()
 
 
-def watch_buffers(model: nn.Module, chain: Chain) -> BufferLink | None:
+def watch_buffers(
+    model: nn.Module, chain: Chain, schedules: Collection[str] | None = None
+) -> BufferLink | None:
     """Watch a model's buffers from its next forward pass on.
 
     Args:
         model: The user's module. Hooks of an earlier call, or of a module that this
             one is a copy of, are removed.
         chain: The chain of custody of the run.
+        schedules: As for ``BufferLink``.
 
     Returns:
         What the hooks report to, for the caller to keep: they refer to it weakly. None
@@ -226,7 +299,7 @@ def watch_buffers(model: nn.Module, chain: Chain) -> BufferLink | None:
     """
     for table in (forward_pre_hooks(model), forward_hooks(model)):
         remove_hooks(table, _PassHook)
-    link = BufferLink(model, chain)
+    link = BufferLink(model, chain, schedules)
     if not link.num_watched:
         return None
     link.handles = (

@@ -181,6 +181,7 @@ def probe_separability(
     batch_dim: int = 0,
     autocast: tuple[str, torch.dtype] | None = None,
     layers_in_order: bool = False,
+    changed_buffers: set[str] | None = None,
 ) -> Finding:
     """Run a batch with other examples, and compare the outputs of those that stay.
 
@@ -192,6 +193,7 @@ def probe_separability(
         autocast: Device type and data type of automatic mixed precision, if it is on.
         layers_in_order: Whether row i of each layer's input must belong to example i,
             as Opacus assumes.
+        changed_buffers: Names of buffers that the model changes are added to it.
 
     Returns:
         Whether the model treats examples separately, with the reason.
@@ -200,6 +202,8 @@ def probe_separability(
         return Finding("unchecked", _PACKED + _DECLARE)
     size = num_examples(tensors_of((args, kwargs)), batch_dim)
     call = ProbedCall(unwrap(model), tuple(args), kwargs, batch_dim, size, autocast)
+    if changed_buffers is not None:
+        call = replace(call, changed_buffers=changed_buffers)
     try:
         with no_trace():
             try:
@@ -399,11 +403,14 @@ class ModelProbe:
         model: A weak reference to the user's module.
         batch_dim: The dimension of the inputs along which the examples are.
         layers_in_order: Whether gradients are those of the rows of layers.
+        changed_buffers: Names of buffers that the probed passes changed. If these
+            depended on the examples, the finding was "broken".
     """
 
     model: weakref.ref[nn.Module]
     batch_dim: int = 0
     layers_in_order: bool = False
+    changed_buffers: set[str] = field(default_factory=set)
     _seen: set[Any] = field(init=False, default_factory=set)
     _waiting: Callable[[], Finding] | None = field(init=False, default=None)
     _layers: list[weakref.ref[nn.Module]] = field(init=False, default_factory=list)
@@ -449,6 +456,7 @@ class ModelProbe:
                 batch_dim=dim,
                 autocast=autocast,
                 layers_in_order=self.layers_in_order,
+                changed_buffers=self.changed_buffers,
             )
 
         self._waiting = probe

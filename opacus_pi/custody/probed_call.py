@@ -16,7 +16,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,7 @@ class ProbedCall:
     has_dropout: bool = True
     is_training: bool = True
     has_gradients: bool = True
+    changed_buffers: set[str] = field(default_factory=set)
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -170,6 +171,8 @@ class ProbedCall:
             has_drawn = not torch.equal(first, state)
             has_drawn |= own.were_used or first_of_others != _other_states(model)
         found = [t.detach() for t in tensors_of(outputs) if t.is_floating_point()]
+        if not self.is_float64:
+            self.changed_buffers.update(_changed_buffers(self.model, model))
         return ProbedRun(found, state, has_drawn, *_kept_by(model), layers)
 
 
@@ -233,6 +236,20 @@ class ProbedRun:
     buffers: list[Tensor]
     memory: list[Tensor]
     layers: list[LayerRows]
+
+
+def _changed_buffers(before: nn.Module, after: nn.Module) -> Iterator[str]:
+    """Yield the names of the floating-point buffers that a run has changed.
+
+    Args:
+        before: The model.
+        after: Its copy, which was run.
+    """
+    now = dict(after.named_buffers())
+    for name, buffer in before.named_buffers():
+        is_same = name in now and distance([buffer.detach()], [now[name].detach()]) == 0
+        if buffer.is_floating_point() and not is_same:
+            yield name
 
 
 def _kept_by(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,7 +10,7 @@ update.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -204,11 +204,14 @@ class RunChecks:
                 "that it has saved itself."
             )
         return (
-            f"The ledger holds {recorded} updates, but the training made more: the "
-            f"accountant has counted {num_counted}, and {self._earlier_steps} were "
-            "recorded before the last make_private or make_monitored call. What it "
-            "holds does not cover the model, so no number is given from it. Use one "
-            "engine for each run, and resume from checkpoints that it has saved itself."
+            f"The ledger holds {recorded} updates, but there were more: the "
+            f"accountant has counted {num_counted}, and {self._earlier_steps} were recorded "
+            "before the last make_private or make_monitored call. Either the training "
+            "made updates that are not in the ledger, or the accountant was charged "
+            "for something else (accountant.step). The ledger does not cover all of it, "
+            "so no number is given from it. Use one engine for each run, resume from "
+            "checkpoints that it has saved itself, and count other releases with an "
+            "accountant of their own."
         )
 
 
@@ -226,6 +229,7 @@ class OutsideChanges:
         snapshot: Of the weights, taken after each update.
         were_others: Returns whether the update under way has gradients of other
             weights. Default: it has not.
+        schedules: As for ``BufferLink``.
     """
 
     def __init__(
@@ -234,11 +238,13 @@ class OutsideChanges:
         chain: Chain,
         snapshot: WeightSnapshot,
         were_others: Callable[[], bool] = bool,
+        schedules: Collection[str] | None = None,
     ) -> None:
         self._schedule = UnchangedSchedule(loader, chain)
         self._chain, self._snapshot = chain, snapshot
         self._weights = WeightsLink(chain, snapshot, were_others)
         self._buffers: BufferLink | None = None
+        self._schedules = schedules
         self._noised = NoisedSteps(chain)
         self._last_hook: RemovableHandle | None = None
         self._has_noise, self._is_current = False, True
@@ -263,7 +269,7 @@ class OutsideChanges:
         own = set(map(id, optimizer.params))
         others = (p for p in module.parameters() if id(p) not in own)
         self._snapshot.watch([*optimizer.params, *others])
-        self._buffers = watch_buffers(module, self._chain)
+        self._buffers = watch_buffers(module, self._chain, self._schedules)
         self._chain.keep_while(unwrap(module), self._weights, self._buffers)
         for handle in () if self._buffers is None else self._buffers.handles:
             keep_handle(module, handle)

@@ -34,6 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from opacus_pi._class_swap import plain_class, swap_class
+from opacus_pi._torch_compat import never_compile
 from opacus_pi.attribution import TargetOrder, Tracker, probe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.loss_factors import LossFactors
@@ -116,6 +117,7 @@ def probe_model(
         tracker: Referred to weakly. A second call replaces it.
         *probes: See the passes; referred to weakly. None: no such probe.
     """
+    never_compile("opacus_pi")
     module = called_module(hooks)
     handle = probe(
         module,

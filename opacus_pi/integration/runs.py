@@ -326,11 +326,15 @@ class PreparedRun:
             layers = batch_norms(self.hooks)
             update.gate = FilterGate(renyi_filter, self.tracker, layers)
         if self.processes is None:
-            passes = self.in_passes
+            passes, probe = self.in_passes, self.model_probe
             self.tracker.saw_backward.append(passes.backward_began)
             self.tracker.forgot_passes.append(passes.gradients_were_cleared)
             update.outside = OutsideChanges(
-                self.loader, self.chain, self.snapshot, passes.were_others
+                self.loader,
+                self.chain,
+                self.snapshot,
+                passes.were_others,
+                None if probe is None else probe.changed_buffers,
             )
         return update
 

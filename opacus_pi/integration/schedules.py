@@ -90,12 +90,15 @@ def settings_of_schedule(loader: DataLoader[Any]) -> tuple[Any, ...]:
     """Return length, sample rate, batch size and other settings of a loader.
 
     They are compared at each update: while they are equal, the loader draws each
-    example as often as when it was prepared.
+    example as often as when it was prepared. Under Poisson sampling the length does not
+    matter: it is the number of updates in a pass, and the accountant counts those.
     """
     batches, sampler = loader.batch_sampler, _drawing_sampler(loader)
     is_drawn = batches is not None and not isinstance(loader.dataset, IterableDataset)
+    # the same as the loader's, but quicker
+    length = len(cast(Any, batches)) if is_drawn else len(loader)
     return (
-        len(cast(Any, batches)) if is_drawn else len(loader),  # the same, but quicker
+        None if is_poisson(loader) else length,
         getattr(batches, "sample_rate", None),
         getattr(batches, "batch_size", None),
         getattr(batches, "drop_last", None),

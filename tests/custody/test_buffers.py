@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi import PrivacyEngine
+from opacus_pi.custody.buffers import BufferLink
+from opacus_pi.custody.chain import Chain
 
 
 class Centred(nn.Module):
@@ -187,3 +189,70 @@ def test_a_model_without_other_tensors_has_none():
     module = nn.Sequential(nn.Linear(5, 3))  # a layer may be watched itself
     prepared(module)
     assert not module._forward_pre_hooks
+
+
+class Observing(nn.Module):
+    """A linear layer between whose outputs and the loss a buffer is written."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(5, 3), how
+        self.register_buffer("state", torch.tensor(0.5))
+
+    def forward(self, x):
+        z = self.linear(x)
+        if self.training and len(x):
+            if self.how == "largest":
+                self.state = torch.maximum(self.state, z.detach().abs().max())
+            elif self.how == "largest in place":
+                self.state.copy_(torch.maximum(self.state, z.detach().abs().max()))
+            elif self.how == "schedule":
+                self.state *= 0.99
+            elif self.how == "constant":
+                self.state = torch.tensor(0.5)
+        return z / (1 + self.state)
+
+
+def observed(module, mode="hooks"):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(60, 5), torch.arange(60) % 3)
+    engine = PrivacyEngine()
+    model, optimizer, loader = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(data, 12),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode=mode,
+    )
+    for _ in range(3):
+        for x, y in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return {k.name: k.sentence for k in engine.ledger.custody.unchecked}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("how", ["largest", "largest in place"])
+def test_a_buffer_that_may_keep_data_is_said(how):
+    assert "write to the buffer 'state'" in observed(Observing(how))["model"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("how", ["schedule", "constant", "none"])
+def test_a_buffer_that_changes_by_itself_is_not(how):
+    assert "model" not in observed(Observing(how))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_nothing_is_said_if_the_user_declares_the_model():
+    class Silent(Observing):
+        pass
+
+    link = BufferLink(module := Silent("largest"), chain := Chain())
+    for _ in range(2):
+        link.before_pass()
+        module(torch.randn(4, 5))
+        link.after_pass(is_training=True)
+    assert not chain.doubts()

@@ -2,6 +2,7 @@
 
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import opacus
@@ -218,3 +219,114 @@ def test_a_refused_checkpoint_changes_nothing(tmp_path):
         assert torch.equal(before[name], value)
     assert not run.engine.accountant.history
     assert run.epoch().engine.ledger.mechanism.num_steps == NUM // BATCH
+
+
+# ---------------------------------------------------------------- of a run as a whole
+def poisson_run(net, engine):
+    return engine.make_private(
+        module=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        data_loader=DataLoader(data(), BATCH),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+
+
+def update(model, optimizer, x, y):
+    optimizer.zero_grad()
+    CRITERION(model(x), y).backward()
+    optimizer.step()
+
+
+def epoch(model, optimizer, loader):
+    for batch in loader:
+        update(model, optimizer, *batch)
+
+
+def test_more_poisson_batches_in_a_pass_are_counted():
+    engine = PrivacyEngine()
+    parts = poisson_run(two_layers(), engine)
+    epoch(*parts)
+    parts[-1].batch_sampler.steps = 7
+    epoch(*parts)
+    assert engine.ledger.mechanism.num_steps == 4 + 7
+    assert engine.accountant.history == [(1.0, 0.25, 11)]
+    parts[-1].batch_sampler.sample_rate = 0.5
+    epoch(*parts)
+    with pytest.raises(AccountingError, match="changed after make_"):
+        _ = engine.ledger
+
+
+def test_a_second_engine_on_the_model_is_named():
+    first, second, net = PrivacyEngine(), PrivacyEngine(), two_layers()
+    parts = poisson_run(net, first)
+    others = poisson_run(parts[0], second)
+    epoch(*others)
+    epoch(*parts)
+    with pytest.raises(AccountingError, match="prepared again by a later make_private"):
+        _ = first.ledger
+
+
+def test_another_release_of_the_accountant_is_named():
+    engine = PrivacyEngine()
+    epoch(*poisson_run(two_layers(), engine))
+    engine.accountant.step(noise_multiplier=2.0, sample_rate=0.1)
+    with pytest.raises(AccountingError, match="was charged for something else"):
+        _ = engine.ledger
+
+
+def sorting(items):
+    return torch.utils.data.default_collate(sorted(items, key=lambda one: -one[0][0]))
+
+
+def test_a_collate_fn_that_is_replaced_later_is_followed():
+    ledgers = []
+    for is_late in (False, True):
+        torch.manual_seed(1)
+        net, engine = two_layers(), PrivacyEngine(recorder=Recorder(every=1))
+        model, optimizer, loader = engine.make_private(
+            module=net,
+            optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+            data_loader=DataLoader(
+                data(), BATCH, shuffle=True, collate_fn=None if is_late else sorting
+            ),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+        )
+        if is_late:
+            loader.collate_fn = sorting
+        torch.manual_seed(2)
+        for _ in range(2):
+            epoch(model, optimizer, loader)
+        ledgers.append(engine.ledger)
+    first, second = ledgers
+    assert np.array_equal(first.grad_norms, second.grad_norms, equal_nan=True)
+    assert not second.custody.broken
+
+
+def test_trainings_in_two_threads_say_nothing_of_each_other():
+    def run(seed):
+        net = two_layers()
+        engine = PrivacyEngine()
+        parts = engine.make_private(
+            module=net,
+            optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+            data_loader=DataLoader(data(), BATCH),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            noise_generator=torch.Generator().manual_seed(seed),
+        )
+        return engine, parts
+
+    runs = [run(seed) for seed in range(2)]
+
+    def train(parts):
+        for _ in range(8):
+            epoch(*parts)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, [parts for _, parts in runs]))
+    for engine, _ in runs:
+        names = {link.name for link in engine.ledger.custody.unchecked}
+        assert names <= {"loss"}

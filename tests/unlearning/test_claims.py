@@ -167,7 +167,7 @@ def test_an_accountant_that_counted_other_updates_is_not_quoted():
     engine = trained()
     assert engine.accountant_bound() is not None
     engine.accountant.step(noise_multiplier=1.5, sample_rate=0.1)
-    with pytest.raises(AccountingError, match="the training made more"):
+    with pytest.raises(AccountingError, match="but there were more"):
         engine.accountant_bound()
 
 
