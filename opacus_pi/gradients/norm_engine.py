@@ -52,6 +52,7 @@ from opacus_pi.models.batches import (
     reached,
     rows,
 )
+from opacus_pi.models.complex_weights import require_real
 from opacus_pi.models.copies import evaluation_copy, require_own_parameters, unwrap
 from opacus_pi.models.losses import float64_losses, unit_cotangents
 from opacus_pi.models.own_losses import Criterion
@@ -87,6 +88,7 @@ class NormEngine:
             "must have a trainable parameter",
             "Set requires_grad on the parameters to measure.",
         )
+        require_real(model)
         # Weak, because hooks on a parameter may hold the model: a kept engine would.
         self._live = [weakref.ref(parameter) for parameter in model.parameters()]
         # For warnings: why parameters are left over

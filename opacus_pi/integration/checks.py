@@ -37,6 +37,7 @@ from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.noised_steps import NoisedSteps, call_last
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import UnchangedSchedule
+from opacus_pi.models.complex_weights import complex_parameter
 from opacus_pi.models.copies import unwrap
 from opacus_pi.recording import Recorder
 
@@ -73,6 +74,23 @@ def clipping_without_effect(engine: opacus.PrivacyEngine) -> str | None:
         "Opacus's PrivacyEngineAdaptiveClipping does not clip: its criterion reduces "
         "the loss before the examples are weighted. Use "
         'make_private(clipping="adaptive").'
+    )
+
+
+def complex_noise(module: nn.Module) -> str | None:
+    """Explain that noise on complex parameters has another size than is recorded.
+
+    Args:
+        module: The user's module.
+    """
+    name = complex_parameter(module)
+    if name is None:
+        return None
+    return (
+        f"The parameter {name} is complex. On its real or imaginary part, the noise "
+        "that Opacus adds has a smaller standard deviation than its accountant "
+        "assumes. Store both parts as one real parameter with a last dimension of "
+        "size 2, and use torch.view_as_complex(parameter) in forward."
     )
 
 
@@ -310,6 +328,8 @@ class OutsideChanges:
             args: Positional arguments of the step, after the optimizer itself.
             kwargs: Its keyword arguments.
         """
+        if not self._has_noise and _is_frozen(inner):
+            return  # Opacus steps without noise, and no gradient is used
         if not self._has_noise:
             own = None if maker is None else own_step(maker)
             self._chain.break_link("noise", own or _STEPPED_WITHOUT_NOISE)
@@ -363,3 +383,11 @@ class OutsideChanges:
         self._has_noise = False
         self._noised.forget()
         self._weights.after_update()
+
+
+def _is_frozen(optimizer: Optimizer) -> bool:
+    """Return whether all weights are frozen, and no gradient is left."""
+    held = held_by(optimizer)
+    if any(p.requires_grad for p in held):
+        return False
+    return not any(p.grad is not None and bool(p.grad.any()) for p in held)

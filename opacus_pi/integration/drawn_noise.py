@@ -13,7 +13,8 @@ its size. Noise of the recorded size is reported once in 10^12 updates.
 parameters are left out. Noise that is too large is not reported: the numbers are then
 still upper bounds. Distributed runs, where not every process draws, and adaptive
 clipping, which draws more noise than is recorded, are not checked. Neither are
-parameters on an accelerator, for which every update would have to wait.
+parameters on an accelerator, for which every update would have to wait, or complex
+ones, with which no run is recorded.
 
 **Repetition.** If the generator is in a state from which the noise of an earlier update
 was drawn, the same noise is drawn again, and the two updates are not two draws of the
@@ -95,7 +96,7 @@ def missing_noise(
         for total, noised in pairs:
             if total is None or noised is None or not total.numel():
                 continue
-            if total.device.type != "cpu":
+            if total.device.type != "cpu" or total.is_complex():
                 continue
             held = _widened(total)
             rounding = _ROUNDINGS * torch.finfo(total.dtype).eps

@@ -32,6 +32,7 @@ from opacus_pi.integration.checks import (
     OutsideChanges,
     batch_norms,
     clipping_without_effect,
+    complex_noise,
 )
 from opacus_pi.integration.derived import Preparation
 from opacus_pi.integration.explanations import explain_forward_errors
@@ -292,6 +293,7 @@ class PreparedRun:
         shared = self.processes
         for link, reason in (
             ("norm", clipping_without_effect(engine)),
+            ("noise", complex_noise(self.module)),
             ("schedule", unknown_schedule(self.loader)),
             ("rows", overlapping(self.loader, shared.size) if shared else None),
         ):

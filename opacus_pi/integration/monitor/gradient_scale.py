@@ -258,4 +258,7 @@ def _flat(gradients: Gradients, parameters: list[nn.Parameter]) -> Tensor:
     """Return gradients as one float64 vector on the CPU, with 0 where there is none."""
     pairs = zip(gradients, parameters, strict=True)
     parts = (torch.zeros_like(p) if g is None else g.detach() for g, p in pairs)
-    return torch.cat([part.reshape(-1).cpu().double() for part in parts])
+    dense = (
+        part if part.layout is torch.strided else part.to_dense() for part in parts
+    )
+    return torch.cat([part.reshape(-1).cpu().double() for part in dense])

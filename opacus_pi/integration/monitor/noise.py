@@ -102,6 +102,9 @@ class NoiseHook:
         parameters = held_by(optimizer)
         if self.scale is not None and not self.chain.is_broken("draw"):
             self.scale.compare(parameters)
+        for p in parameters:  # an entry without a gradient gets noise, too
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                p.grad = p.grad.to_dense()
         gradients = [p.grad for p in parameters if p.grad is not None]
         batch_size = _batch_size(self.tracker)
         if batch_size is None or not gradients:
