@@ -15,8 +15,8 @@ run of n updates, a stretch of n / 256 updates that repeats an earlier one is mi
 with a probability below 10^-3. Different states are taken for equal with a probability
 below 10^-6 in a billion updates.
 
-*What breaks it.* Other generators with the same numbers, and generators without a state
-that can be read.
+*What breaks it.* The same numbers at another place (see ``seen_blocks``), other
+generators with the same numbers, and generators without a state that can be read.
 
 >>> seen = SeenStates()
 >>> seen.add(b"one"), seen.add(b"other"), seen.add(b"one")

@@ -18,7 +18,8 @@ ones, with which no run is recorded.
 
 **Repetition.** If the generator is in a state from which the noise of an earlier update
 was drawn, the same noise is drawn again, and the two updates are not two draws of the
-mechanism: ``custody/seen_states.py``.
+mechanism: ``custody/seen_states.py``. If it is only in a part of the stream that it has
+passed before, noise may come again at other entries: ``custody/seen_blocks.py``.
 """
 
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
+from opacus_pi.custody import Chain
 from opacus_pi.models.accelerators import random_state_of
 from opacus_pi.recording import Recorder
 
@@ -48,20 +50,40 @@ _REPEATED = (
     "continued. Seed once, and continue a run by load_checkpoint(restore_rng=True), or "
     "with another seed."
 )
+_PASSED_BEFORE = (
+    "The generator of the noise went back to a part of its stream from which noise was "
+    "drawn before in this run. So noise may contain the numbers of earlier noise at "
+    "other places, and neither get_epsilon nor the ledger covers that. This happens if "
+    "torch.manual_seed is called with one seed again, and more or fewer numbers are "
+    "drawn after it than before. Seed once, or draw what needs a seed within "
+    "torch.random.fork_rng()."
+)
 
 
 def is_drawn_again(
-    recorder: Recorder, generator: torch.Generator | None, device: torch.device
+    recorder: Recorder,
+    generator: torch.Generator | None,
+    device: torch.device,
+    chain: Chain,
 ) -> bool:
     """Return whether the noise that is about to be drawn was drawn in this run before.
+
+    If the generator only went back to numbers that it has passed before, the link
+    "noise" is left unchecked.
 
     Args:
         recorder: Knows the states of earlier updates, and keeps this one.
         generator: Draws the noise; None: torch's global one.
         device: Of the noise.
+        chain: The chain of custody of the run.
     """
     state = random_state_of(device) if generator is None else generator.get_state()
-    return state is not None and not recorder.is_new_state(state)
+    if state is None:
+        return False
+    goes_back, is_new = recorder.goes_back(state), recorder.is_new_state(state)
+    if goes_back and is_new:
+        chain.leave_unchecked("noise", _PASSED_BEFORE)
+    return not is_new
 
 
 def repeated_noise(recorder: Recorder) -> str:

@@ -13,11 +13,6 @@ methods that it calls by their global name or on its own object.
 *What breaks it.* Names that are put together at run time, compiled extensions, and
 functions that are reached in other ways, such as through a dict. Writing or deleting
 the attributes is not reported: it frees memory.
-
->>> raw_gradients_read_by(lambda p: p.summed_grad)
-'summed_grad'
->>> raw_gradients_read_by(lambda p: p.grad) is None
-True
 """
 
 import dis

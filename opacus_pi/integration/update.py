@@ -235,7 +235,7 @@ class UpdateUnderWay:
         if not draws or self.is_superseded or rank:
             return False
         device = next(p.device for p in optimizer.params)
-        return is_drawn_again(self.recorder, optimizer.generator, device)
+        return is_drawn_again(self.recorder, optimizer.generator, device, self.chain)
 
     def noise_was_drawn(self, optimizer: DPOptimizer) -> None:
         """Note noise and clip norm now: schedulers may change them before the end.

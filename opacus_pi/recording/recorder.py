@@ -610,6 +610,14 @@ class Recorder(RecorderOptions):
         known = state[:_STATE_BYTES].numpy().tobytes()
         return self._begun().generator_states.add(known)
 
+    def goes_back(self, state: Tensor) -> bool:
+        """Return whether the generator of the noise went back to an earlier place.
+
+        Args:
+            state: As for ``is_new_state``; the generator is about to draw noise.
+        """
+        return self._begun().generator_blocks.goes_back(state)
+
     def assume_noise(self) -> None:
         """Mark the noise of the run as assumed: its losses then only rank examples.
 

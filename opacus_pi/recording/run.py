@@ -19,6 +19,7 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.custody.seen_blocks import SeenBlocks
 from opacus_pi.custody.seen_states import SeenStates
 from opacus_pi.ledger.custody import MAX_UNATTRIBUTED, Custody
 from opacus_pi.ledger.noise_generator import weakest
@@ -142,6 +143,7 @@ class RecordedRun:
     participations: Participations | None = field(init=False)
     # of the generator that the noise of each update was drawn from
     generator_states: SeenStates = field(default_factory=SeenStates, compare=False)
+    generator_blocks: SeenBlocks = field(default_factory=SeenBlocks, compare=False)
 
     def __post_init__(self) -> None:
         self.num_examples = int(self.num_examples)

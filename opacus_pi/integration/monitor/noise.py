@@ -112,7 +112,7 @@ class NoiseHook:
             step = self.recorder.num_steps + 1
             self.chain.break_link("noise", reason.format(step=step))
         if gradients and is_drawn_again(
-            self.recorder, self.generator, gradients[0].device
+            self.recorder, self.generator, gradients[0].device, self.chain
         ):
             self.chain.break_link("noise", repeated_noise(self.recorder))
         for gradient in gradients:
