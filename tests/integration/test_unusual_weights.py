@@ -54,9 +54,10 @@ def private(net, engine=None, mode="hooks"):
 
 
 def train(model, optimizer, loader):
-    for x, y in loader:
+    for inputs, labels in loader:
+        loss = CRITERION(model(inputs), labels)
         optimizer.zero_grad()
-        CRITERION(model(x), y).backward()
+        loss.backward()
         optimizer.step()
 
 
