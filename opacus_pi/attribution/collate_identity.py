@@ -19,8 +19,8 @@ are found if a sample is a sum of two items, or consists of entries of two items
 transform that is not linear hides them. What a batch has besides its items (padding,
 masks, a mean over the batch) is compared with nothing; ``has_more`` says that there is
 such a thing. Items that were left out are counted (``num_left_out``) if the samples
-could be compared; why they were is not known. A data set whose ``__getitems__`` returns items in another order than it
-was asked for is not noticed.
+could be compared; why they were is not known. A data set whose ``__getitems__`` returns
+items in another order than it was asked for is not noticed.
 
 >>> import torch
 >>> items = fingerprint_items([torch.tensor([1.0, 2.0]), torch.tensor([3.0])])

@@ -118,6 +118,7 @@ class BufferLink:
         self._first: dict[str, Tensor] | None = None  # entries before the first pass
         self.num_watched = len(self._places)
         self._buffers = {name for name, _ in model.named_buffers()}
+        self._note(self._present())
         chain.on_read(self._compare, can_break=False)
         chain.on_read(self._report_written, can_break=False)
 

@@ -9,6 +9,10 @@ When half of the examples of a batch is replaced, the rows of the other half mus
 therefore stay, in the input of every layer with trainable weights. Rows are compared by
 one number each: their product with a fixed vector.
 
+The rows of the examples that are replaced should change. If no row of a layer does,
+and the rows are not all alike, they may be the nodes of a graph or the entries of a
+table, of which there happen to be as many as examples (``fixed_layers``).
+
 **What breaks it.** Layers whose input has another number of rows are not compared,
 except those of Opacus's recurrent layers, whose sequences end one after another. For
 the others Opacus raises an error, or ``integration/unequal_calls.py`` says so. Nor are
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 
 from opacus_pi.models.batches import tensors_of
 
-__all__ = ["LayerRows", "moved_layers", "watch_rows"]
+__all__ = ["LayerRows", "fixed_layers", "moved_layers", "watch_rows"]
 
 _STEPS = "RNNLinear"  # Opacus's layer that is called once for each time step
 
@@ -120,3 +124,26 @@ def moved_layers(
         scale = one.rows.nan_to_num(0.0, 0.0, 0.0).abs().max() if num_rows else 1.0
         if bool((gap.nan_to_num(torch.inf) > tolerance * scale).any()):
             yield one.name
+
+
+def fixed_layers(
+    whole: Sequence[LayerRows], changed: Sequence[LayerRows], size: int
+) -> set[str]:
+    """Return the layers whose rows stayed although examples were replaced.
+
+    Rows that are all alike are left out: a model may give every example the same
+    vector, such as a learned query.
+
+    Args:
+        whole: The calls in a run on a batch that draws no random numbers.
+        changed: Those in a run on the batch in which examples were replaced.
+        size: The number of examples.
+    """
+    return {
+        one.name
+        for one, other in zip(whole, changed, strict=False)
+        if one.name == other.name
+        and len(one.rows) == size
+        and torch.equal(one.rows, other.rows)
+        and bool((one.rows != one.rows[0]).any())
+    }

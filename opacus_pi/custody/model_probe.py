@@ -50,7 +50,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from opacus_pi.custody.batch_size_probe import compare_without_one
 from opacus_pi.custody.finding import Finding
-from opacus_pi.custody.layer_rows import moved_layers
+from opacus_pi.custody.layer_rows import fixed_layers, moved_layers
 from opacus_pi.custody.probed_call import (
     ProbedCall,
     ProbedRun,
@@ -135,6 +135,14 @@ _MOVED = (
     "sequences, sort each batch by length in collate_fn, and call "
     "pack_padded_sequence with enforce_sorted=True."
 )
+_FIXED = (
+    "The inputs of the layer {name!r} have as many rows as the batch has examples, "
+    "{size}, and no row changed when examples were replaced. So the rows may be "
+    "something else, such as the nodes of a graph or positions. Its per-example "
+    "gradients are then not those of the examples, and neither norms nor clipping are "
+    'right. engine.audit(criterion) compares gradients; grad_sample_mode="fast" does '
+    "not rely on rows."
+)
 _RANDOM = (
     "In evaluation mode the model treats examples separately. In training mode this "
     "could not be checked, because the model's random numbers depend on the content of "
@@ -182,6 +190,7 @@ def probe_separability(
     autocast: tuple[str, torch.dtype] | None = None,
     layers_in_order: bool = False,
     changed_buffers: set[str] | None = None,
+    rows_are_examples: bool = False,
 ) -> Finding:
     """Run a batch with other examples, and compare the outputs of those that stay.
 
@@ -194,6 +203,7 @@ def probe_separability(
         layers_in_order: Whether row i of each layer's input must belong to example i,
             as Opacus assumes.
         changed_buffers: Names of buffers that the model changes are added to it.
+        rows_are_examples: Whether gradients are taken from the rows of layers.
 
     Returns:
         Whether the model treats examples separately, with the reason.
@@ -206,23 +216,29 @@ def probe_separability(
         call = replace(call, changed_buffers=changed_buffers)
     try:
         with no_trace():
+            orders = {
+                "layers_in_order": layers_in_order,
+                "rows_are_examples": rows_are_examples,
+            }
             try:
-                return _compare(call, layers_in_order=layers_in_order)
+                return _compare(call, **orders)
             except torch.OutOfMemoryError:  # autograd keeps the values of each layer
-                calm = replace(call, has_gradients=False)
-                return _compare(calm, layers_in_order=layers_in_order)
+                return _compare(replace(call, has_gradients=False), **orders)
     except MODEL_ERRORS as error:
         lines = str(error).splitlines() or [""]
         what = f"{type(error).__name__}: {lines[0]}".rstrip(":. ")
         return Finding("unchecked", _NOT_RUN.format(error=what) + _DECLARE)
 
 
-def _compare(call: ProbedCall, *, layers_in_order: bool) -> Finding:
+def _compare(
+    call: ProbedCall, *, layers_in_order: bool, rows_are_examples: bool
+) -> Finding:
     """Probe a model that can be copied and run.
 
     Args:
         call: A call on a whole batch.
         layers_in_order: As for ``probe_separability``.
+        rows_are_examples: As for ``probe_separability``.
     """
     change = _change(call)
     if change is None:
@@ -231,7 +247,41 @@ def _compare(call: ProbedCall, *, layers_in_order: bool) -> Finding:
     if found is None or found.state != "broken":
         moved = _compare_layers(call) if layers_in_order and change.moved else None
         found = moved or found or compare_without_one(call, change.whole)
+    is_sound = found is None or found.state == "checked"
+    if is_sound and rows_are_examples and change.has_fixed:
+        found = _compare_fixed(call) or found
     return found or Finding("checked", _SEPARABLE.format(size=call.size))
+
+
+def _compare_fixed(call: ProbedCall) -> Finding | None:
+    """Look for layers whose inputs have as many rows as examples, but other ones.
+
+    Args:
+        call: A call on the whole batch whose outputs depend on no other example.
+
+    Returns:
+        None if no such layer was found.
+    """
+    whole = call.run()
+    if whole.has_drawn:
+        call = replace(call, has_dropout=False)
+        whole = call.run()
+    if whole.has_drawn or not call.size > 1:
+        return None  # rows of random numbers do not change, rightly
+    halves = [call.half_replaced(kept) for kept in (0, 1)]
+    if any(not _differ(call.inputs, half.inputs) for half in halves):
+        return None
+    runs = [half.run() for half in halves]
+    fixed = [fixed_layers(whole.layers, run.layers, call.size) for run in runs]
+    names = sorted(set.intersection(*fixed))
+    if not names:
+        return None
+    return Finding("unchecked", _FIXED.format(name=names[0], size=call.size))
+
+
+def _differ(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Return whether the inputs of two calls differ."""
+    return not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _compare_layers(call: ProbedCall) -> Finding | None:
@@ -342,6 +392,7 @@ class _Change:
             runs.
         moved: The name of a layer whose inputs changed at the places of the examples
             that stayed; empty if there is none.
+        has_fixed: Whether a layer has as many rows as examples, and none changed.
     """
 
     whole: ProbedRun
@@ -350,6 +401,7 @@ class _Change:
     same_buffers: bool
     same_memory: bool
     moved: str
+    has_fixed: bool
 
 
 def _change(
@@ -368,6 +420,7 @@ def _change(
     whole = call.run()
     shares, same_draws, same_buffers, same_memory = [], True, True, True
     moved: list[str] = []
+    fixed: list[set[str]] = []
     for kept in (0, 1):
         other = call.half_replaced(kept, only_first=only_first)
         changed = other.run()
@@ -377,13 +430,22 @@ def _change(
         places = order_of(call.size)[kept::2]
         rows = (whole.layers, changed.layers)
         moved += moved_layers(*rows, places, call.size, rounding)
+        fixed.append(fixed_layers(*rows, call.size))
         for one, two in zip(whole.outputs, changed.outputs, strict=True):
             found = [difference(one, two, d, places) for d in example_dims(one, call)]
             shares += [min(found)] if found else []
     if not shares:
         return None
     name = moved[0] if moved else ""
-    return _Change(whole, max(shares), same_draws, same_buffers, same_memory, name)
+    return _Change(
+        whole,
+        max(shares),
+        same_draws,
+        same_buffers,
+        same_memory,
+        name,
+        bool(set.intersection(*fixed)),
+    )
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -405,12 +467,14 @@ class ModelProbe:
         layers_in_order: Whether gradients are those of the rows of layers.
         changed_buffers: Names of buffers that the probed passes changed. If these
             depended on the examples, the finding was "broken".
+        rows_are_examples: As for ``probe_separability``.
     """
 
     model: weakref.ref[nn.Module]
     batch_dim: int = 0
     layers_in_order: bool = False
     changed_buffers: set[str] = field(default_factory=set)
+    rows_are_examples: bool = False
     _seen: set[Any] = field(init=False, default_factory=set)
     _waiting: Callable[[], Finding] | None = field(init=False, default=None)
     _layers: list[weakref.ref[nn.Module]] = field(init=False, default_factory=list)
@@ -457,6 +521,7 @@ class ModelProbe:
                 autocast=autocast,
                 layers_in_order=self.layers_in_order,
                 changed_buffers=self.changed_buffers,
+                rows_are_examples=self.rows_are_examples,
             )
 
         self._waiting = probe

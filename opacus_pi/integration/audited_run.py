@@ -86,12 +86,15 @@ class AuditedRun:
         loss_reduction: The ``loss_reduction`` that ``make_private`` was given.
         batch_first: Whether examples are along the first dimension.
         examples: Where batches come from; None if they are given.
+        registered: The doubt about per-example gradients by functions of the user's,
+            which right norms settle; empty: there is none.
     """
 
     mode: str = "hooks"
     loss_reduction: str = "mean"
     batch_first: bool = True
     examples: Examples | None = None
+    registered: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Reduce to what a copy of the engine has: it has no run to be audited.

@@ -30,6 +30,7 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi.custody import Chain
 from opacus_pi.custody.buffers import BufferLink, watch_buffers
+from opacus_pi.custody.first_weights import FirstWeights
 from opacus_pi.custody.loaded_states import watch_loading
 from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
 from opacus_pi.integration.derived import own_scaling, own_step
@@ -222,14 +223,14 @@ class RunChecks:
                 "that it has saved itself."
             )
         return (
-            f"The ledger holds {recorded} updates, but there were more: the "
-            f"accountant has counted {num_counted}, and {self._earlier_steps} were recorded "
-            "before the last make_private or make_monitored call. Either the training "
-            "made updates that are not in the ledger, or the accountant was charged "
-            "for something else (accountant.step). The ledger does not cover all of it, "
-            "so no number is given from it. Use one engine for each run, resume from "
-            "checkpoints that it has saved itself, and count other releases with an "
-            "accountant of their own."
+            f"The ledger holds {recorded} updates, but there were more: the accountant "
+            f"has counted {num_counted}, and {self._earlier_steps} were recorded "
+            "before the last make_private or make_monitored call. Either the engine "
+            "made updates that are not in the ledger, perhaps of another model, or the "
+            "accountant was charged for something else (accountant.step). Which of "
+            "them is not known, so no number is given. Use one engine for each run, "
+            "also for each trial of a search, resume from checkpoints that it saved "
+            "itself, and count other releases with an accountant of their own."
         )
 
 
@@ -263,6 +264,7 @@ class OutsideChanges:
         self._weights = WeightsLink(chain, snapshot, were_others)
         self._buffers: BufferLink | None = None
         self._schedules = schedules
+        self._first: FirstWeights | None = None
         self._noised = NoisedSteps(chain)
         self._last_hook: RemovableHandle | None = None
         self._has_noise, self._is_current = False, True
@@ -286,7 +288,9 @@ class OutsideChanges:
         """
         own = set(map(id, optimizer.params))
         others = (p for p in module.parameters() if id(p) not in own)
-        self._snapshot.watch([*optimizer.params, *others])
+        watched = [*optimizer.params, *others]
+        self._snapshot.watch(watched)
+        self._first = FirstWeights(watched, self._chain)
         self._buffers = watch_buffers(module, self._chain, self._schedules)
         self._chain.keep_while(unwrap(module), self._weights, self._buffers)
         for handle in () if self._buffers is None else self._buffers.handles:
@@ -355,6 +359,8 @@ class OutsideChanges:
     def state_dict_was_loaded(self) -> None:
         """Record that a state dict was loaded: it may have changed the weights."""
         self._weights.state_dict_was_loaded()
+        if self._first is not None:
+            self._first.note()
         if self._buffers is not None:
             self._buffers.state_dict_was_loaded()
 
@@ -364,10 +370,11 @@ class OutsideChanges:
 
     def run_was_resumed(self) -> None:
         """Note the weights: they are those of the run that a checkpoint continues."""
+        self._first = None
         self._weights.after_update()
 
     def noise_was_drawn(self, *, is_current: bool = True) -> None:
-        """Check the loader: the weights are about to be updated.
+        """Check the loader, and the weights before the first update.
 
         Args:
             is_current: False if a later run has replaced this one in its engine, which
@@ -377,6 +384,9 @@ class OutsideChanges:
         if not is_current:
             return
         self._schedule.compare()
+        if self._first is not None:
+            self._first.compare()
+            self._first = None
 
     def weights_were_updated(self) -> None:
         """Note the weights: nothing should write to them until the next update."""

@@ -264,6 +264,26 @@ def uses_opacus_gradients(hooks: AbstractGradSampleHooks, layer: nn.Module) -> b
     return function is not None and function.__module__.startswith("opacus.")
 
 
+def samplers_of(
+    hooks: AbstractGradSampleHooks, layer: nn.Module
+) -> list[Callable[..., Any]]:
+    """Return the registered functions that compute a layer's gradients or norms.
+
+    Args:
+        hooks: What ``make_private`` returned for the model.
+        layer: A layer of it.
+
+    Returns:
+        Nothing in modes that use no such functions, and for layers whose gradients
+        torch computes.
+    """
+    if not isinstance(hooks, GradSampleHooks) or has_functional_copy(layer):
+        return []
+    kind = hooks._get_module_type(layer)
+    tables = [hooks.GRAD_SAMPLERS, getattr(hooks, "NORM_SAMPLERS", {})]
+    return [table[kind] for table in tables if kind in table]
+
+
 def has_functional_copy(layer: nn.Module) -> bool:
     """Return whether torch computes a layer's per-example gradients (1.6.0).
 

@@ -92,8 +92,12 @@ def new_model_probe(
     )
     if is_sharded or not recorder.probe_model:
         return None
+    by_rows = (GradSampleHooks, GradSampleModuleExpandedWeights)
     return ModelProbe(
-        weakref.ref(module), 0 if batch_first else 1, layers_in_order=True
+        weakref.ref(module),
+        0 if batch_first else 1,
+        layers_in_order=True,
+        rows_are_examples=isinstance(hooks, by_rows),
     )
 
 

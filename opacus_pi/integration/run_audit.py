@@ -69,6 +69,8 @@ def audit_run(
         for name, link in (("model", "model"), ("norms", "norm")):
             finding_of(audit[name]).tell(chain, link)
         tell_of_collate(audit, chain)
+        if audit["norms"].passed and not audited.is_swept:
+            chain.settle("norm", audited.registered)
     return audit
 
 

@@ -9,14 +9,13 @@ holds on to nothing that is the user's.
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import opacus
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader
 
 from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, keeps_order, observe
@@ -41,6 +40,7 @@ from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.lost_gradients import LostGradients
 from opacus_pi.integration.opacus_compat import DISTRIBUTED, module_of
 from opacus_pi.integration.optimizers import report_updates
+from opacus_pi.integration.own_samplers import own_samplers
 from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.integration.probes import (
     new_lost_gradients,
@@ -111,18 +111,16 @@ def new_tracker(recorder: Recorder, *, batch_first: bool = True) -> Tracker:
     return Tracker(verify=verify, strict=strict, batch_first=batch_first)
 
 
-def _compare_data(
-    loader: Callable[[], DataLoader[Any] | None], before: str, chain: Chain
-) -> None:
+def _compare_data(data_set: Any, before: str, chain: Chain) -> None:
     """Leave the link "identity" unchecked if what the data set stores has changed.
 
     Args:
-        loader: Returns the loader that training iterates over, while it exists.
-        before: The fingerprint of its data set when recording began.
+        data_set: The data set. It is kept as long as the chain, because results may be
+            read when the loader does not exist any more; an audit needs it, too.
+        before: Its fingerprint when recording began.
         chain: The chain of custody of the run.
     """
-    present = loader()
-    if present is not None and not same_data_set(before, fingerprint(present.dataset)):
+    if not same_data_set(before, fingerprint(data_set)):
         chain.leave_unchecked("identity", _DATA_CHANGED)
 
 
@@ -252,8 +250,8 @@ class PreparedRun:
         data_set, processes = self.loader.dataset, self.processes
         self.chain.allows_unattributed = recorder.unattributed == "worst_case"
         self.chain.on_read(partial(self.tracker.report_to, self.chain))
-        loader, name = weakref.ref(self.loader), fingerprint(data_set)
-        compare = partial(_compare_data, loader, name, self.chain)
+        name = fingerprint(data_set)
+        compare = partial(_compare_data, data_set, name, self.chain)
         self.chain.on_read(compare, can_break=False)  # it reads the whole data set
         trained = weakref.ref(self.module)
         swept = SweptModel(self.module, self.optimizer)
@@ -353,7 +351,8 @@ class PreparedRun:
                 "loss_reduction": self.hooks.loss_reduction,
                 "batch_first": self.hooks.batch_first,
             }
-        return audited_run(self.loader, recorder=recorder, **asked)
+        audited = audited_run(self.loader, recorder=recorder, **asked)
+        return replace(audited, registered=own_samplers(self.hooks) or "")
 
     def report_to(self, update: UpdateUnderWay) -> None:
         """Have the optimizer report its updates, if it clips in a way that is known.
@@ -368,6 +367,9 @@ class PreparedRun:
         for reason in filter(None, [self._own_rule, *wrong]):
             self.chain.break_link("norm", reason)
         watch_inputs(self.hooks, self.chain)
+        registered = own_samplers(self.hooks)
+        if registered is not None:
+            self.chain.leave_unchecked("norm", registered, warn=False)
         criterion = self._preparation.criterion
         if criterion is not None:
             update.passes = probe_losses(criterion, self.chain, self.tracker)

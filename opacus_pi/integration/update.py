@@ -43,6 +43,7 @@ from opacus_pi.integration.swept_model import SweptModel
 from opacus_pi.integration.trained_outside import TrainedOutside
 from opacus_pi.integration.two_passes import TwoPasses
 from opacus_pi.integration.unequal_calls import UnequalCalls
+from opacus_pi.integration.wrapper_hooks import look_for_wrapper_hooks
 from opacus_pi.ledger.noise_generator import kind_of
 from opacus_pi.recording import Recorder
 
@@ -255,6 +256,7 @@ class UpdateUnderWay:
         finding = None if self.model_probe is None else self.model_probe.run()
         if finding is not None and not batch_statistics(self._batch_norms):
             finding.tell(self.chain, "model")
+        look_for_wrapper_hooks(self.hooks, self.chain)
         if self.passes is not None:
             self.passes.report()
         if self.trained_outside is not None:

@@ -1,5 +1,6 @@
 """Loops that break or strain the links draw, weights, norm and noise."""
 
+import gc
 import itertools
 import sys
 import warnings
@@ -374,6 +375,15 @@ def test_a_data_set_that_is_changed_in_training_is_said():
     once_each(run)
     assert "identity" not in run.unchecked()
     quietly(changed_between_epochs, run)
+    with pytest.warns(UserWarning, match="What the data set stores has changed"):
+        assert "identity" in run.unchecked()
+
+
+def test_a_data_set_that_was_changed_is_said_after_its_loader_is_gone():
+    run = Run()
+    quietly(changed_between_epochs, run)
+    run.loader = run.data = None
+    gc.collect()
     with pytest.warns(UserWarning, match="What the data set stores has changed"):
         assert "identity" in run.unchecked()
 
