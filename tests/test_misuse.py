@@ -85,7 +85,6 @@ def test_a_weighted_sampler_is_refused_or_replaced():
     [
         (True, "sample_rate", 0.9),
         (False, "batch_size", 24),
-        (True, "steps", 99),
         (True, "num_samples", 12),
         (False, "drop_last", True),
     ],
