@@ -146,7 +146,7 @@ def charges_less(accountant: IAccountant | None, settings: Mapping[str, Any]) ->
         loop may have charged other releases after the update. False if it has no
         entries, or keeps none of this form.
     """
-    entries = getattr(accountant, "history", None)
+    entries: Any = getattr(accountant, "history", None)
     try:
         latest = [(float(noise), float(rate)) for noise, rate, _ in entries[-_LATEST:]]
     except (TypeError, ValueError):
