@@ -46,7 +46,8 @@ def test_the_log_knows_the_person_by_a_keyed_hash(run, answer, owners, tmp_path)
     assert request.request_id == first["request_id"] and request.indices == (3, 17)
     assert requests.submitted_by("p04") == []
     (entry,) = (entry for entry in read_entries(log) if entry.kind == "request")
-    assert set(entry.payload) == {"data_set", "indices", "user_hash", "user_key"}
+    named = {"data_set", "indices", "num_examples", "user_hash", "user_key"}
+    assert set(entry.payload) == named
     files = [log, *(path for path in out.iterdir())]
     assert all(b"p03" not in path.read_bytes() for path in files)
     again = answer(*words, "p03", "--out", tmp_path / "again")
