@@ -149,10 +149,10 @@ class ChangedLayers:
 
     def _compare(self, hooks: AbstractGradSampleHooks) -> None:
         """Compare the gradients of changed layers with those of unchanged ones."""
-        layers = dict(module_of(hooks).named_modules())
-        norms = clipped_norms(hooks)
+        norms = clipped_norms(hooks) if self._grads else None
         if norms is None or not norms.numel():
             return
+        layers = dict(module_of(hooks).named_modules())
         largest = min(float(hooks.max_grad_norm), float(norms.max()))
         expected: dict[nn.Parameter, Tensor] = {}
         names: dict[nn.Parameter, str] = {}
