@@ -41,6 +41,7 @@ from opacus_pi.integration.opacus_compat import (
     module_of,
     uses_opacus_gradients,
 )
+from opacus_pi.integration.reporting_hook import ReportingHook
 from opacus_pi.models.batches import map_tensors
 from opacus_pi.models.copies import is_hook_of_opacus
 
@@ -230,45 +231,21 @@ def _gradients_by_type(
     return total
 
 
-class _NotingCall:
-    """A forward hook of a layer; copies and pickles of it do nothing.
-
-    Args:
-        layers: Notes the calls; referred to weakly.
-        name: The layer's.
-    """
-
-    def __init__(self, layers: ChangedLayers | None = None, name: str = "") -> None:
-        self._layers = None if layers is None else weakref.ref(layers)
-        self._name = name
+class _NotingCall(ReportingHook):
+    """A forward hook of a layer that notes its calls for ``ChangedLayers``."""
 
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         """Note a call of training, as Opacus does."""
-        layers = None if self._layers is None else self._layers()
+        layers = self.owner
         if layers is not None and layer.training and torch.is_grad_enabled():
-            layers.note_call(self._name, (args, kwargs))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+            layers.note_call(self.about, (args, kwargs))
 
 
-class _NotingGrad:
-    """A backward hook of a layer; copies and pickles of it do nothing.
-
-    Args:
-        layers: Notes the gradients; referred to weakly.
-        name: The layer's.
-    """
-
-    def __init__(self, layers: ChangedLayers | None = None, name: str = "") -> None:
-        self._layers = None if layers is None else weakref.ref(layers)
-        self._name = name
+class _NotingGrad(ReportingHook):
+    """A backward hook of a layer that notes its gradients for ``ChangedLayers``."""
 
     def __call__(self, layer: nn.Module, _: Any, grads: Any) -> None:
         """Note the gradient at the first output, as Opacus uses it."""
-        layers = None if self._layers is None else self._layers()
+        layers = self.owner
         if layers is not None and is_changed(layer) and grads[0] is not None:
-            layers.note_grad(self._name, grads[0])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+            layers.note_grad(self.about, grads[0])

@@ -40,6 +40,7 @@ from opacus_pi.integration.opacus_compat import (
     keep_handle,
     module_of,
 )
+from opacus_pi.integration.reporting_hook import ReportingHook
 from opacus_pi.models.copies import is_hook_of_opacus
 
 __all__ = ["TwoPasses"]
@@ -179,25 +180,13 @@ class TwoPasses:
         return None
 
 
-class _Noting:
-    """The backward hook of a layer; copies and pickles of it do nothing.
-
-    Args:
-        passes: Notes the gradients; referred to weakly.
-        name: The layer's.
-    """
-
-    def __init__(self, passes: TwoPasses | None = None, name: str = "") -> None:
-        self._passes = None if passes is None else weakref.ref(passes)
-        self._name = name
+class _Noting(ReportingHook):
+    """The backward hook of a layer that notes its gradients for ``TwoPasses``."""
 
     def __call__(self, layer: nn.Module, _: Any, grads: Any) -> None:
         """Note the gradient at the first output, as Opacus uses it."""
-        passes = None if self._passes is None else self._passes()
+        passes = self.owner
         grad = grads[0] if isinstance(grads, tuple) and grads else None
         if passes is not None and isinstance(grad, Tensor):
             # the layers inside of Opacus's recurrent layers have examples first
-            passes.note(self._name, grad, 0 if isinstance(layer, RNNLinear) else 1)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Noting, ()
+            passes.note(self.about, grad, 0 if isinstance(layer, RNNLinear) else 1)

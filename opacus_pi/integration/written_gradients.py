@@ -43,6 +43,7 @@ from opacus_pi.custody import Chain
 from opacus_pi.integration.fast import FastHooks
 from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
+from opacus_pi.integration.reporting_hook import ReportingHook
 from opacus_pi.models.copies import is_hook_of_opacus
 
 __all__ = ["NotedTensors", "WrittenGradients", "watch_gradients"]
@@ -279,30 +280,14 @@ class WrittenGradients:
             self._sums = NO_TENSORS
 
 
-class _NoteAfterLayer:
-    """The backward hook of a layer; copies and pickles of it do nothing.
-
-    Args:
-        written: Notes the gradients of the layer; referred to weakly.
-        parameters: The parameters of the layer.
-    """
-
-    def __init__(
-        self,
-        written: WrittenGradients | None = None,
-        parameters: Sequence[nn.Parameter] = (),
-    ) -> None:
-        self._written = None if written is None else weakref.ref(written)
-        self._parameters = parameters
+class _NoteAfterLayer(ReportingHook):
+    """The backward hook of a layer that reports its parameters."""
 
     def __call__(self, *_: Any) -> None:
         """Note what Opacus's hook, which has run before, has written."""
-        written = None if self._written is None else self._written()
+        written = self.owner
         if written is not None:
-            written.note(self._parameters)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _NoteAfterLayer, ()
+            written.note(self.about)
 
 
 def _note_after_hooks(module: nn.Module, written: WrittenGradients) -> bool:
