@@ -80,7 +80,8 @@ def is_drawn_again(
     state = random_state_of(device) if generator is None else generator.get_state()
     if state is None:
         return False
-    goes_back, is_new = recorder.goes_back(state), recorder.is_new_state(state)
+    held = state.numpy().tobytes()
+    goes_back, is_new = recorder.goes_back(held), recorder.is_new_state(held)
     if goes_back and is_new:
         chain.leave_unchecked("noise", _PASSED_BEFORE)
     return not is_new

@@ -598,19 +598,18 @@ class Recorder(RecorderOptions):
         if not is_over and run.row_is_due(self.every):
             self._write_row()
 
-    def is_new_state(self, state: Tensor) -> bool:
+    def is_new_state(self, state: bytes) -> bool:
         """Keep the state of the generator from which noise is about to be drawn.
 
         Args:
-            state: On the CPU, as ``torch.Generator.get_state`` returns it.
+            state: The bytes of what ``torch.Generator.get_state`` returns.
 
         Returns:
             False if noise of an earlier update was drawn from the same state.
         """
-        known = state[:_STATE_BYTES].numpy().tobytes()
-        return self._begun().generator_states.add(known)
+        return self._begun().generator_states.add(state[:_STATE_BYTES])
 
-    def goes_back(self, state: Tensor) -> bool:
+    def goes_back(self, state: bytes) -> bool:
         """Return whether the generator of the noise went back to an earlier place.
 
         Args:

@@ -67,7 +67,7 @@ def test_what_no_run_can_have_saved_is_told_apart(value):
 def test_a_damaged_entry_is_refused():
     recorder = Recorder(every=1)
     recorder.begin(num_examples=3, sample_rate=1.0, sampling="fixed", data_set="a")
-    recorder.is_new_state(torch.arange(4))
+    recorder.is_new_state(bytes(range(4)))
     state = recorder.state_dict()
     require_whole(state)
     state[GENERATOR_STATES] = torch.tensor([0, -1])
