@@ -174,7 +174,10 @@ def _text_of(content: bytes, path: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-def read_forget_set(options: argparse.Namespace) -> NDArray[np.int64]:
+def read_forget_set(
+    options: argparse.Namespace,
+    owned: Mapping[str, NDArray[np.int64]] | None = None,
+) -> NDArray[np.int64]:
     """Return the positions that ``--forget`` or ``--forget-person`` asks to forget.
 
     Whether they are in the training set is checked where its length is known. Messages
@@ -183,10 +186,35 @@ def read_forget_set(options: argparse.Namespace) -> NDArray[np.int64]:
     Args:
         options: With ``forget_indices``, ``forget_person`` and ``owners``. The parser
             ensures that one of the first two is given; ``flags`` is replaced.
+        owned: What ``read_owned`` returned; None: it is called here.
 
     Raises:
-        BadInput: If a file cannot be used, a person is not in it or has no examples, a
-            person is named twice, or only one of ``--forget-person`` and ``--owners``
+        BadInput: If a file cannot be used, or as ``read_owned``.
+    """
+    if owned is None:
+        owned = read_owned(options)
+    if not owned:
+        return read_indices(options.forget_indices, or_persons=True)
+    options.flags = {
+        name: "--owners" if flag == "--forget" else flag
+        for name, flag in options.flags.items()
+    }
+    return np.unique(np.concatenate([*owned.values()]))
+
+
+def read_owned(options: argparse.Namespace) -> dict[str, NDArray[np.int64]]:
+    """Return the positions of each person that ``--forget-person`` names.
+
+    Args:
+        options: With ``forget_person`` and ``owners``.
+
+    Returns:
+        The positions by person, in the order of the command line; empty if no person is
+        named.
+
+    Raises:
+        BadInput: If the file cannot be used, a person is not in it or has no examples,
+            a person is named twice, or only one of ``--forget-person`` and ``--owners``
             is given.
     """
     persons: list[str] = options.forget_person
@@ -196,23 +224,21 @@ def read_forget_set(options: argparse.Namespace) -> NDArray[np.int64]:
                 "--owners: no person is named. Add --forget-person ID in place of "
                 "--forget."
             )
-        return read_indices(options.forget_indices, or_persons=True)
+        return {}
     if options.owners is None:
         raise BadInput(
             "--forget-person: no file lists the examples. Add --owners FILE.json."
         )
     if len(set(persons)) < len(persons):
         raise BadInput("--forget-person: a person is named twice. Name each once.")
-    owners = _read_owners(options.owners)
-    options.flags = {
-        name: "--owners" if flag == "--forget" else flag
-        for name, flag in options.flags.items()
+    owners = read_owners(options.owners)
+    return {
+        person: np.sort(_examples_of(person, owners, options.owners))
+        for person in persons
     }
-    found = [_examples_of(person, owners, options.owners) for person in persons]
-    return np.unique(np.concatenate(found))
 
 
-def _read_owners(path: str) -> dict[str, list[int]]:
+def read_owners(path: str) -> dict[str, list[int]]:
     """Read which examples belong to which person.
 
     Args:

@@ -399,6 +399,7 @@ gives no ε. The output reveals which examples are unusual: protect it like the 
         examples="""\
   opacus-pi score ledger.safetensors
   opacus-pi score run1.safetensors run2.safetensors --order 8 --delta 1e-5
+  opacus-pi score ledger.safetensors --owners owners.json
   opacus-pi score plain_sgd.safetensors --sigma 1 --top 50 --csv scores.csv""",
         arguments=(
             LEDGERS,
@@ -407,6 +408,7 @@ gives no ε. The output reveals which examples are unusual: protect it like the 
             DELTA,
             TOLERANCE,
             TOP(10),
+            OWNERS.but(help='rank persons, too: positions by person: {"p03": [3, 17]}'),
             JSON,
             JSON_FILE,
             CSV,

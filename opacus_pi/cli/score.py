@@ -1,7 +1,8 @@
 """``opacus-pi score``: the privacy loss and ε of each example of a training run.
 
 The text shows quantiles, the hardest examples and the strata; the JSON has the numbers
-of all examples as well. The numbers are those of ``report.score``.
+of all examples as well. The numbers are those of ``report.score``. With ``--owners``
+persons are ranked, too, as ``report.rank_persons`` does.
 
 The answer begins with a warning that it is sensitive: a list of ids with high losses
 tells which people of a data set are unusual.
@@ -10,10 +11,14 @@ tells which people of a data set are unusual.
 import argparse
 from typing import Any
 
+import numpy as np
+
 from opacus_pi.accounting.guarantee import rounded_up
-from opacus_pi.cli.inputs import load_ledgers
+from opacus_pi.cli.inputs import load_ledgers, read_owners
 from opacus_pi.cli.output import answer, table, write_csv
 from opacus_pi.ledger.custody import LINKS
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
+from opacus_pi.report.persons import rank_persons
 from opacus_pi.report.scores import Scores, grouped, score, tie_sentence
 from opacus_pi.report.write import training_facts
 
@@ -44,19 +49,78 @@ def run(options: argparse.Namespace) -> int:
             "losses": scores.losses,
             "epsilons": scores.epsilons,
         },
+        **_persons(options, runs, scores),
     }
     if options.csv:
         write_csv(options.csv, scores.columns())
-    answer(options, facts, _text(scores, facts))
+    answer(options, facts, _text(scores, facts, options.top))
     return 0
 
 
-def _text(scores: Scores, facts: dict[str, Any]) -> str:
+def _persons(
+    options: argparse.Namespace, runs: list[GradNormLedger], scores: Scores
+) -> dict[str, Any]:
+    """Return the ranked persons of ``--owners`` as facts; nothing without it.
+
+    Args:
+        options: The parsed arguments.
+        runs: The ledgers.
+        scores: The numbers of all examples.
+
+    Raises:
+        BadInput: If the file cannot be read.
+        ValueError: If it lists a position that the ledger does not have.
+    """
+    if options.owners is None:
+        return {}
+    owners = read_owners(options.owners)
+    ranked = rank_persons(runs, owners, scores=scores)
+    owned = np.unique(np.concatenate([np.empty(0), *map(np.asarray, owners.values())]))
+    return {
+        "persons": [vars(row) for row in ranked],
+        "num_without_owner": len(scores.ids) - len(owned),
+        "num_without_examples": len(owners) - len(ranked),
+    }
+
+
+def _persons_text(facts: dict[str, Any], top: int) -> list[str]:
+    """Return the paragraph about persons; none without ``--owners``.
+
+    Args:
+        facts: The answer for programs.
+        top: How many persons to list.
+    """
+    if "persons" not in facts:
+        return []
+    has_bound = any(row["group_epsilon"] is not None for row in facts["persons"])
+    lines = [
+        "Hardest persons",
+        "Loss and ε are the largest of the person's examples (estimates)."
+        + " The bound is the worst case of any as many examples: only this ε may be "
+        "promised to a person." * has_bound,
+    ]
+    if facts["num_without_owner"]:
+        lines.append(f"Examples without an owner: {facts['num_without_owner']}.")
+    if facts["num_without_examples"]:
+        lines.append(f"Persons without examples: {facts['num_without_examples']}.")
+    rows = [
+        [
+            *(row["person"], row["num_examples"], row["loss"], row["epsilon"]),
+            "-" if row["group_epsilon"] is None else rounded_up(row["group_epsilon"]),
+        ]
+        for row in facts["persons"][:top]
+    ]
+    lines.append(table(("person", "examples", "loss", "ε", "bound on ε"), rows))
+    return ["\n".join(lines)]
+
+
+def _text(scores: Scores, facts: dict[str, Any], top: int) -> str:
     """Return the answer as text for a person.
 
     Args:
         scores: The per-example numbers.
         facts: The answer for programs, made from them.
+        top: How many persons to list.
     """
     quantiles = facts["quantiles"]
     losses, epsilons = quantiles["loss"], quantiles["epsilon"]
@@ -79,6 +143,7 @@ def _text(scores: Scores, facts: dict[str, Any]) -> str:
             "Hardest examples\n"
             + (f"{ties}\n" if ties else "")
             + table(("id", "loss", "ε"), hardest),
+            *_persons_text(facts, top),
             "Strata of difficulty\n" + table(("", "size", "mean loss"), strata),
         ]
     )

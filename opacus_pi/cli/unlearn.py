@@ -18,10 +18,11 @@ refuses to continue.
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from opacus_pi.cli.inputs import (
     load_model,
     read_forget_set,
     read_ledgers,
+    read_owned,
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer, table
@@ -75,9 +77,10 @@ def run(options: argparse.Namespace) -> int:
     runs = read_ledgers(options.ledger, "--ledger") if options.ledger else None
     train_set = import_data_set("--data", options.train_set)
     test_set = _test_set(options, train_set)
-    forget = read_forget_set(options)
+    owned = read_owned(options)
+    forget = read_forget_set(options, owned)
     if options.log:
-        _require_loggable(options.forget_person, options.request_id)
+        _require_loggable([*owned], options.request_id)
         distinct_indices("indices", forget, len(train_set))
     criterion = import_criterion(options)
     model = load_model(options, options.weights)
@@ -113,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
         result: UnlearningResult | None
         if options.log:
             result, request = _carry_out(
-                options, unlearner, train_set, forget, settings
+                options, unlearner, train_set, forget, owned, settings
             )
         else:
             carry_out = unlearner.rewind if going_back else unlearner.unlearn
@@ -155,67 +158,79 @@ def _carry_out(
     unlearner: Unlearner,
     train_set: Any,
     forget: NDArray[np.int64],
+    owned: Mapping[str, NDArray[np.int64]],
     settings: Callable[[Iterable[int]], dict[str, Any]],
 ) -> tuple[UnlearningResult | None, dict[str, Any]]:
-    """Enter the request in the deletion log, and carry out every pending request.
+    """Enter the requests in the deletion log, and carry out every pending request.
 
-    Requests of earlier commands that did not end come first, in their order.
+    Requests of earlier commands that did not end come first, in their order. If several
+    persons are named, each has a request, and all pending requests are carried out in
+    one run: if their runs followed each other, the noise of the training would not
+    cover what the first run learned from the second person.
 
     Args:
         options: The parsed arguments.
         unlearner: Made from the trained model; it continues from the weights beside
             the log if requests were carried out before.
         train_set: The training set.
-        forget: The examples that this command's request names.
+        forget: The examples that this command names.
+        owned: Those of each person; empty if positions are named.
         settings: From the examples that all requests name to the settings of a run.
 
     Returns:
-        The result of this command's own request, None if an earlier command carried it
+        The result of this command's own requests, None if earlier commands carried them
         out; facts about the log and about other requests that were pending.
     """
-    person = options.forget_person[0] if options.forget_person else None
     with about("--log", "Restore the file from a copy, or name another."):
-        owned = {} if person is None else {person: forget}
         requests = DeletionRequests(
             options.log, len(train_set), owned, data_set=fingerprint(train_set)
         )
     requests.resume(unlearner)  # refuses the log of another model
-    if person is None:
-        name = options.request_id or _request_name(forget)
-        requests.submit(name, indices=forget)
+    if owned:
+        names = [
+            _submit_for(requests, person, examples, options.request_id)
+            for person, examples in owned.items()
+        ]
     else:
-        name = _submit_for(requests, person, forget, options.request_id)
+        names = [options.request_id or _request_name(forget)]
+        requests.submit(names[0], indices=forget)
     before = requested_indices(options.log, len(train_set)).tolist()
-    results = requests.process(unlearner, train_set, **settings(before))
-    own = [result for result in results if result.record["requests"] == [name]]
+    results = requests.process(
+        unlearner, train_set, together=len(names) > 1, **settings(before)
+    )
+    is_own = [not set(names).isdisjoint(r.record["requests"]) for r in results]
+    own = next(itertools.compress(results, is_own), None)
+    done = [] if own is None else own.record["requests"]
     facts = {
-        "request_id": name,
+        "request_id": names[0] if len(names) == 1 else None,
+        "request_ids": names,
+        "done_before": [name for name in names if name not in done],
+        "together_with": [name for name in done if name not in names],
         "deletion_log": options.log,
         "head": requests.log.head,
         "weights": str(requests.weights_path),
         "also_carried_out": [
-            _pending(result.record)
-            for result in results
-            if result.record["requests"] != [name]
+            _pending(result.record) for result in results if result is not own
         ],
     }
-    return (own[0] if own else None), facts
+    return own, facts
 
 
 def _require_loggable(persons: list[str], request_id: str | None) -> None:
-    """Refuse what the log could not store as the request of one person.
+    """Refuse a name that the log could not store for the request of each person.
 
     Args:
         persons: The persons of ``--forget-person``; empty if ids are given.
         request_id: The name of the request, which the log stores as it is.
 
     Raises:
-        BadInput: If there are several persons, or the name is the person's.
+        BadInput: If there is one name for several persons, or it is a person's.
     """
-    if len(persons) > 1:
+    if request_id is not None and len(persons) > 1:
         raise BadInput(
-            "--forget-person: a request in the log belongs to one person, got "
-            f"{len(persons)}. Run the command once for each person."
+            "--request-id: it names one request, but each of the "
+            f"{len(persons)} persons gets a request. Leave it out: then each request "
+            "has a random name, which is printed."
         )
     if request_id in persons:
         raise BadInput(
@@ -390,8 +405,9 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
         for other in facts.get("also_carried_out", [])
     ]
     if result is None:
+        before = " ".join(_done_before(facts))
         parts.append(
-            f"Request {facts['request_id']} was carried out before: nothing to do.\n"
+            f"{before} Nothing is left to do.\n"
             f"The weights that honour every request: {facts['weights']}."
         )
         return "\n\n".join(parts)
@@ -407,12 +423,34 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
     if facts["large_delta"]:
         parts.append(facts["large_delta"])
     if "head" in facts:
-        parts.append(
-            f"Entered in {facts['deletion_log']} as {facts['request_id']}. Keep the "
-            "head of the log elsewhere: with it, 'opacus-pi verify' finds out whether "
-            f"this entry or an earlier one is removed.\n{facts['head']}"
-        )
+        parts += _of_log(facts)
     return "\n\n".join(parts)
+
+
+def _of_log(facts: dict[str, Any]) -> list[str]:
+    """Return the paragraphs about the log: what the run carried out, and the head.
+
+    Args:
+        facts: The answer for programs, of a command with ``--log``.
+    """
+    names = facts["request_ids"]
+    each = ", one for each person, in the order of the command" * (len(names) > 1)
+    notes = _done_before(facts) + [
+        f"Request {name} was still pending in the log: its examples were forgotten in "
+        "the same run."
+        for name in facts["together_with"]
+    ]
+    return [
+        *notes,
+        f"Entered in {facts['deletion_log']} as {', '.join(names)}{each}. Keep the "
+        "head of the log elsewhere: with it, 'opacus-pi verify' finds out whether "
+        f"this entry or an earlier one is removed.\n{facts['head']}",
+    ]
+
+
+def _done_before(facts: dict[str, Any]) -> list[str]:
+    """Return a sentence for each request of this command that needed no run."""
+    return [f"Request {n} was carried out before." for n in facts["done_before"]]
 
 
 def _forgot(size: int, method: str, num_steps: int) -> str:

@@ -130,7 +130,10 @@ def test_bad_files(run, owners, content, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--forget-person", "p04"), "belongs to one person, got 2"),
+        (
+            ("--forget-person", "p04", "--request-id", "x"),
+            "--request-id: it names one request, but each of the 2 persons gets a",
+        ),
         (("--request-id", "p03"), "--request-id: it is the person's id"),
     ],
 )
@@ -138,3 +141,41 @@ def test_what_a_log_cannot_take(run, owners, tmp_path, words, message):
     more = ("--log", tmp_path / "log.db", "--out", tmp_path / "run")
     code, _, err = run(*UNLEARN, *PERSON, "--owners", owners, *words, *more)
     assert code == 2 and message in err and leftovers(tmp_path) == ["owners.json"]
+
+
+TWO = ("--forget-person", "p03", "--forget-person", "p04")
+
+
+def test_two_persons_have_two_requests_and_one_run(run, answer, owners, tmp_path):
+    log, out = tmp_path / "deletions.db", tmp_path / "run"
+    words = (*UNLEARN, "--owners", owners, "--log", log, *TWO)
+    found = answer(*words, "--ledger", "ledger.safetensors", "--out", out)
+    assert found["request_id"] is None and found["carried_out"]
+    requests = DeletionRequests(log, 120, OWNERS)
+    assert not requests.pending
+    of = [requests.submitted_by(name)[0] for name in ("p03", "p04")]
+    assert [request.request_id for request in of] == found["request_ids"]
+    assert [request.indices for request in of] == [(3, 17), (5,)]
+    record = json.loads((out / "record.json").read_text())
+    assert record["forget_indices"] == [3, 5, 17] and not record["forgotten_before"]
+    assert found["guarantee"]["kind"] == "certified if"  # empirical, if one by one
+    code, text, _ = run(*words, "--out", tmp_path / "again")
+    assert code == 0 and text.count("was carried out before.") == 2
+    assert "Nothing is left to do." in text and not (tmp_path / "again").exists()
+
+
+def test_two_persons_of_whom_one_was_forgotten_before(run, owners, tmp_path):
+    log = tmp_path / "deletions.db"
+    DeletionRequests(log, 120).submit("late", indices=[9])
+    first = ("--owners", owners, "--log", log, "--forget-person", "p04")
+    assert run(*UNLEARN, *first, "--out", tmp_path / "one")[0] == 0
+    DeletionRequests(log, 120).submit("later", indices=[8])
+    words = (*UNLEARN, "--owners", owners, "--log", log, *TWO)
+    code, text, err = run(*words, "--out", tmp_path / "two")
+    assert (code, err) == (0, "")
+    record = json.loads((tmp_path / "two" / "record.json").read_text())
+    assert record["forget_indices"] == [3, 8, 17]
+    assert record["forgotten_before"] == [5, 9]
+    assert text.startswith("Forgot 3 examples") and "was carried out before." in text
+    assert "Request later was still pending in the log: its examples were" in text
+    assert "one for each person, in the order of the command" in text

@@ -162,3 +162,29 @@ def test_equal_losses_are_ordered_by_epsilon_and_equal_lines_are_one(
     assert "here they are ordered by ε; ids of equal ε are in one line" in out
     for part in (ids[:4], ids[4:]):
         assert f"\n{', '.join(map(str, part))} " in out
+
+
+def test_persons_are_ranked_with_a_bound_for_as_many_examples(
+    run, answer, ledger, tmp_path
+):
+    owners = {"p03": [3, 17], "p04": [5], "none": []}
+    path = tmp_path / "owners.json"
+    path.write_text(json.dumps(owners))
+    found = answer("score", LEDGER, "--owners", path)
+    losses = privacy_losses(ledger, 8.0)
+    of = {row["person"]: row for row in found["persons"]}
+    assert list(of) == sorted(of, key=lambda name: -losses[owners[name]].max())
+    assert of["p03"]["loss"] == losses[[3, 17]].max() and of["p03"]["num_examples"] == 2
+    assert of["p04"]["group_epsilon"] == found["worst_case_epsilon"]
+    assert of["p03"]["group_epsilon"] > found["worst_case_epsilon"]
+    assert (found["num_without_owner"], found["num_without_examples"]) == (117, 1)
+    code, out, err = run("score", LEDGER, "--owners", path, "--top", 1)
+    assert (code, err) == (0, "") and "Hardest persons\n" in out
+    assert "Examples without an owner: 117." in out and list(of)[0] in out
+    assert list(of)[1] not in out and "bound on ε" in out
+    out = run("score", LEDGER, "--sigma", 3, "--owners", path)[1]
+    assert "Hardest persons" in out and "may be promised" not in out
+    path.write_text(json.dumps({"p03": [3, 120]}))
+    code, out, err = run("score", LEDGER, "--owners", path)
+    assert code == 2 and out == "" and "--owners must list examples of the" in err
+    assert "persons" not in answer("score", LEDGER)
