@@ -42,6 +42,7 @@ from opacus_pi.accounting.guarantee import EpsilonDelta
 from opacus_pi.files.checksummed_state import verified_state, with_checksum
 from opacus_pi.files.weights_file import tensors_from_bytes, tensors_to_bytes
 from opacus_pi.integration.clip_norms import clip_norm_of
+from opacus_pi.integration.missing_values import number_in
 from opacus_pi.recording import Recorder
 
 __all__ = ["AccountantBound", "PerInstanceAccountant", "bound_of", "charges_less"]
@@ -151,9 +152,11 @@ def charges_less(accountant: IAccountant | None, settings: Mapping[str, Any]) ->
         latest = [(float(noise), float(rate)) for noise, rate, _ in entries[-_LATEST:]]
     except (TypeError, ValueError):
         return False
-    noise = settings["noise_std"] / settings["max_grad_norm"] * (1 + _ALIKE)
-    rate = settings["sample_rate"] * (1 - _ALIKE)
-    return bool(latest) and not any(n <= noise and r >= rate for n, r in latest)
+    noise_std, clip_norm = settings["noise_std"], settings["max_grad_norm"]
+    noise_std, rate = noise_std * (1 + _ALIKE), settings["sample_rate"] * (1 - _ALIKE)
+    return bool(latest) and not any(
+        n * clip_norm <= noise_std and r >= rate for n, r in latest
+    )
 
 
 def noise_std_of(optimizer: DPOptimizer) -> float:
@@ -171,9 +174,13 @@ def noise_std_of(optimizer: DPOptimizer) -> float:
     Returns:
         The standard deviation, ``noise_multiplier * max_grad_norm``.
 
+    Raises:
+        TypeError: If one of the two is no number.
+
     Source: Andrew et al. 2021, arXiv:1905.03871, Theorem 1.
     """
-    return float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
+    noise = number_in(optimizer, "noise_multiplier")
+    return noise * number_in(optimizer, "max_grad_norm")
 
 
 class PerInstanceAccountant(RDPAccountant):

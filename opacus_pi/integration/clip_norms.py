@@ -12,6 +12,8 @@ from typing import Any
 
 from opacus.optimizers import DPOptimizer, DPPerLayerOptimizer
 
+from opacus_pi.integration.missing_values import number_in
+
 __all__ = ["clip_norm_of"]
 
 _ROUNDING = 1e-6  # relative: Opacus computes the joint norm in single precision
@@ -26,8 +28,11 @@ def clip_norm_of(optimizer: DPOptimizer) -> float:
     Returns:
         ``max_grad_norm``; with per-layer clipping the joint norm of ``max_grad_norms``,
         which is ``max_grad_norm`` unless one of them was changed.
+
+    Raises:
+        TypeError: If ``max_grad_norm`` is no number.
     """
-    given = float(optimizer.max_grad_norm)
+    given = number_in(optimizer, "max_grad_norm")
     if not isinstance(optimizer, DPPerLayerOptimizer):
         return given
     by_parameter: Any = optimizer.max_grad_norms

@@ -159,7 +159,7 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
                 third of four.
             """
 
-        @overload
+        @overload  # type: ignore[override]  # as for make_private
         def make_private_with_epsilon(
             self,
             *,

@@ -53,7 +53,8 @@ _UNUSUAL_NUMBERS = (
     "Every parameter needs one gradient per example. The batch has {size} examples, "
     "but these parameters have another number of gradients: {unusual}. The usual cause "
     "is a layer that is given one row for the whole batch, such as a position "
-    "embedding. Give each example its own row "
+    "embedding: models of transformers make one row of position_ids if they get none. "
+    "Give each example its own row "
     "(position_ids=torch.arange(length).expand(batch, -1)), or freeze these parameters "
     '(requires_grad_(False)), or try grad_sample_mode="fast", which works if '
     "torch.func.vmap can run the model."
@@ -74,8 +75,9 @@ _UNFINISHED = (
 _TYING = "Parameter tying"  # of Opacus's error for parameters that are called twice
 _EXPANDED_INDICES = (
     "Ghost clipping cannot use indices that are one row shared by all examples, such "
-    "as the token types that a model makes by itself. Put them into each example "
-    "(token_type_ids=torch.zeros_like(input_ids)), or freeze that embedding "
+    "as the token types and positions that a model of transformers makes by itself. "
+    "Put them into each example (token_type_ids=torch.zeros_like(input_ids), "
+    "position_ids=torch.arange(length)), or freeze these embeddings "
     "(requires_grad_(False))."
 )
 _VIEW_ERROR = "view size is not compatible"  # torch's, for indices that are expanded

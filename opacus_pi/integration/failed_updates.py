@@ -8,7 +8,8 @@ def failed_update(error: RuntimeError | TypeError, mode: str) -> str:
     """Say with which error an update failed, and what to do.
 
     No advice leads to another mode and back: where every mode refuses the model, only a
-    change of the model is advised.
+    change of the model is advised. If the error has notes, they say more than the error
+    of torch, and take the place of the general advice.
 
     Args:
         error: Of Opacus or torch.
@@ -17,9 +18,13 @@ def failed_update(error: RuntimeError | TypeError, mode: str) -> str:
     >>> failed_update(RuntimeError("no rule for Net"), "hooks")[-33:]
     'yet, try grad_sample_mode="fast".'
     """
-    first, *_ = [*str(error).splitlines(), ""]
+    message, *more = [*error.args, ""]  # Python 3.10 has the notes among the arguments
+    first, *_ = [*str(message).splitlines(), ""]
     other = "hooks" if mode == "fast" else "fast"
-    if isinstance(error, TypeError) and mode in _BY_OPACUS:
+    notes = " ".join(map(str, getattr(error, "__notes__", more))).strip()
+    if notes:  # a cause that was found, and its remedy
+        remedy = notes
+    elif isinstance(error, TypeError) and mode in _BY_OPACUS:
         remedy = (
             "Opacus runs a module that has parameters of its own once more, with its "
             "first input only. Move these parameters into a layer of their own with "

@@ -44,6 +44,7 @@ from opacus_pi.integration.fast import MODE as FAST_MODE
 from opacus_pi.integration.fast import prepare_model, require_fast
 from opacus_pi.integration.filtering import NO_BUDGETS, begin_budgets
 from opacus_pi.integration.group_accountant import GroupAccountant
+from opacus_pi.integration.missing_values import require_given
 from opacus_pi.integration.misspelt_options import misspelt
 from opacus_pi.integration.monitor import monitor
 from opacus_pi.integration.opacus_compat import module_of
@@ -109,11 +110,13 @@ class PerInstanceMixin(RecordedEngine):
             the criterion.
 
         Raises:
+            TypeError: If an argument without which nothing can be prepared is ``None``.
             ValueError: If the filter or the fast mode cannot serve these arguments.
 
         Warns:
             UserWarning: If an option resembles one that it has, and is ignored.
         """
+        require_given("make_private", options)
         if self.renyi_filter is not None:
             begin_budgets(self.renyi_filter, self, **options)
         if options.get("grad_sample_mode") == FAST_MODE:
@@ -126,6 +129,25 @@ class PerInstanceMixin(RecordedEngine):
             )
         prepared: tuple[Any, ...] = super().make_private(**options)
         self._preparing.asked = options
+        return prepared
+
+    @shown_as(opacus.PrivacyEngine.make_private_with_epsilon)
+    @records
+    def make_private_with_epsilon(self, **options: Any) -> tuple[Any, ...]:
+        """Prepare as Opacus does, after checking that no argument is missing.
+
+        Args:
+            **options: The arguments of Opacus.
+
+        Returns:
+            As ``make_private``, which Opacus calls.
+
+        Raises:
+            TypeError: If an argument without which nothing can be prepared is ``None``.
+            ValueError: As ``make_private``.
+        """
+        require_given("make_private_with_epsilon", options)
+        prepared: tuple[Any, ...] = super().make_private_with_epsilon(**options)
         return prepared
 
     @classmethod
@@ -169,10 +191,13 @@ class PerInstanceMixin(RecordedEngine):
             Module, optimizer, and the loader to iterate over.
 
         Raises:
+            TypeError: If module, optimizer or data loader is ``None``.
             ValueError: If an argument cannot be monitored.
 
         Source: paper, section 5.1 and Appendix D.
         """
+        prepared_from = {"module": module, "optimizer": optimizer}
+        require_given("make_monitored", prepared_from | {"data_loader": data_loader})
         if self.renyi_filter is not None:
             raise ValueError(
                 "make_monitored cannot keep the budgets of renyi_filter, because it "

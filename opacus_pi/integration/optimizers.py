@@ -52,6 +52,7 @@ from opacus_pi.integration.held_weights import (
     ids_held_by,
 )
 from opacus_pi.integration.methods_in_use import MethodsInUse
+from opacus_pi.integration.missing_values import number_in, require_noise
 from opacus_pi.integration.opacus_compat import (
     clipped_norms,
     has_skipped_last_step,
@@ -186,8 +187,10 @@ class _ReportingOptimizer(DPOptimizer):
         Opacus calls this once for each update. Under ``BatchMemoryManager`` that is at
         the last physical batch only; the steps before are postponed.
         """
+        noise_std = noise_std_of(self)
+        require_noise(self, noise_std)
         if self._pi_update.gate is not None:
-            self._pi_update.gate.close(noise_std_of(self))
+            self._pi_update.gate.close(noise_std)
         self._pi_written.require_unchanged_sums()
         is_drawn_again = self._pi_update.is_drawn_again(self)
         super().add_noise()
@@ -412,7 +415,7 @@ class _FromCache(_ReportingOptimizer):
     def clip_and_accumulate(self) -> None:
         """Clip all batches since the last step and report their norms."""
         self._pi_follow_weights()
-        self._pi_update.was_clipped(float(self.max_grad_norm))
+        self._pi_update.was_clipped(number_in(self, "max_grad_norm"))
         self._pi_written.require_unchanged_sums()
         super().clip_and_accumulate()
         self._pi_written.note_sums()

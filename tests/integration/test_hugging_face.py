@@ -140,6 +140,24 @@ def test_a_shared_position_embedding_is_refused(mode, error, match):
         assert_norms(bert, mode, data)
 
 
+@pytest.mark.parametrize(
+    ("mode", "remedy"),
+    [
+        ("hooks", "'bert.embeddings.position_embeddings.weight' (1)"),
+        ("functorch", "models of transformers make one row of position_ids if they"),
+        ("ghost", "Put them into each example (token_type_ids="),
+    ],
+)
+def test_an_audit_names_a_shared_position_embedding_and_the_remedy(mode, remedy):
+    data = [drop(example, "position_ids") for example in sentences()]
+    _, engine, _ = prepared(bert, mode, data=data)
+    found = engine.audit(CRITERION)
+    assert not found.passed and not found["norms"].passed
+    text = found["norms"].sentence
+    assert remedy in text and "position_ids=torch.arange(length)" in text
+    assert "as the error says" not in text  # torch's error says nothing of the kind
+
+
 def drop(example, name):
     return {key: value for key, value in example.items() if key != name}
 

@@ -544,8 +544,9 @@ def _check_recorder(recorder: Recorder, noise_std: float) -> None:
         'must be "swept"',
         'Training without clipping computes no norms: use Recorder(mode="swept").',
     )
+    is_number = noise_std is not None and not isinstance(noise_std, str)
     expect(
-        math.isfinite(noise_std) and noise_std >= 0,
+        is_number and math.isfinite(noise_std) and noise_std >= 0,
         "noise_std",
         noise_std,
         "must be finite and at least 0",
