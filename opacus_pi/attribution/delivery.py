@@ -69,6 +69,8 @@ class LoaderPass:
         number: Which pass over the loader it is, from 1.
         in_parts: Whether its batches are parts of the batches of an update, as
             ``BatchMemoryManager`` makes them.
+        is_stacked: Whether the first dimension of its batches runs over the samples, as
+            torch's own collation stacks them.
 
     Attributes:
         num_delivered: How many batches were returned, those included that a resumed
@@ -82,9 +84,14 @@ class LoaderPass:
     """
 
     def __init__(
-        self, owner: Any = None, *, number: int = 0, in_parts: bool = False
+        self,
+        owner: Any = None,
+        *,
+        number: int = 0,
+        in_parts: bool = False,
+        is_stacked: bool = False,
     ) -> None:
-        self.number, self.in_parts = number, in_parts
+        self.number, self.in_parts, self.is_stacked = number, in_parts, is_stacked
         self.num_delivered = self.num_unused = 0
         self.num_filled = self.last_used = self.first_size = 0
         self.has_ended = False
@@ -462,6 +469,7 @@ def describe_delivery(
         known = [known[i] if i >= 0 else UNATTRIBUTED for i in items]
     delivery = Delivery(known, loader_pass, number, identity=identity)
     is_audited = number % _AUDIT_EVERY <= 1
+    batch_dim = 0 if loader_pass.is_stacked else batch_dim
     for tensor in tensors:
         dim = sample_dim(tensor, len(known), batch_dim)
         if dim is not None:

@@ -115,6 +115,11 @@ class LoaderObserver:
         self._open: list[LoaderPass] = []
 
     @property
+    def _is_collated_by_torch(self) -> bool:
+        """Whether batches are made by torch's own collation."""
+        return not self.follow_items and self._unfollowed is BY_CONSTRUCTION
+
+    @property
     def tracker(self) -> Tracker | None:
         """The tracker that deliveries are reported to, while it exists."""
         return None if self._tracker is None else self._tracker()
@@ -161,8 +166,12 @@ class LoaderObserver:
         """
         self._settle()
         self.num_passes += 1
-        in_parts = vars(loader).get("_pi_in_parts", False)
-        loader_pass = LoaderPass(number=self.num_passes, in_parts=in_parts)
+        loader_pass = LoaderPass(
+            number=self.num_passes,
+            in_parts=vars(loader).get("_pi_in_parts", False),
+            # by torch's collation, if there is one
+            is_stacked=self._is_collated_by_torch and loader.batch_sampler is not None,
+        )
         begin = partial(self._follow, loader_pass, make)
         if self.position is None:
             return begin()

@@ -8,7 +8,14 @@ import pytest
 import torch
 from opacus.data_loader import DPDataLoader
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from opacus_pi.attribution import (
     LEFT_OUT,
@@ -429,3 +436,52 @@ def test_parts_of_a_draw_share_its_key():
     draws = [delivery.draw for delivery in log.deliveries]
     assert draws[0] == draws[1] and draws[3] == draws[4]
     assert len(set(draws)) == 7
+
+
+@pytest.mark.parametrize("length", [4, 7])
+def test_torch_stacks_samples_first_whatever_the_model_wants(length):
+    tracker = Log(batch_first=False)
+    data_set = TensorDataset(torch.randn(12, length, 3))
+    loader = DataLoader(data_set, 4, shuffle=True)
+    observe(loader, tracker)
+    for (x,) in loader:
+        indices = tracker.deliveries[-1].index_array
+        tracker.mark_backward(tracker.bind([x.transpose(0, 1)]))
+        assert tracker.attribute([4]).tolist() == indices.tolist()
+    assert tracker.counts["by_storage"] == 12
+
+
+def test_an_own_collation_may_stack_samples_second():
+    tracker = Log(batch_first=False)
+    loader = DataLoader(
+        TensorDataset(torch.randn(12, 4, 3)),
+        4,
+        shuffle=True,
+        collate_fn=lambda items: torch.stack([x for (x,) in items], dim=1),
+    )
+    observe(loader, tracker, follow_items=True)
+    for x in loader:
+        indices = tracker.deliveries[-1].index_array
+        tracker.mark_backward(tracker.bind([x]))
+        assert tracker.attribute([4]).tolist() == indices.tolist()
+
+
+def test_a_data_set_that_returns_whole_batches_may_stack_samples_second():
+    x = torch.randn(4, 12, 3)
+    tracker = Log(batch_first=False)
+
+    class Whole(Dataset):
+        def __getitem__(self, indices):
+            return x[:, indices]
+
+        def __len__(self):
+            return 12
+
+    batches = BatchSampler(SequentialSampler(range(12)), 4, drop_last=False)
+    loader = DataLoader(Whole(), batch_size=None, sampler=batches)
+    observe(loader, tracker)
+    for batch in loader:
+        tracker.mark_backward(tracker.bind([batch]))
+        indices = tracker.deliveries[-1].index_array
+        assert tracker.attribute([4]).tolist() == indices.tolist()
+    assert tracker.counts["by_storage"] == 12
