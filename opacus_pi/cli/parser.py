@@ -304,7 +304,12 @@ CRITERION = option(
     "import path of the loss",
     default="torch.nn:CrossEntropyLoss",
 )
-SEED = option("--seed", "N", "seed of everything random", int, 0)
+SEED = option(
+    "--seed",
+    "N",
+    "seed of all noise, to be kept secret (default: the operating system chooses one)",
+    int,
+)
 METHOD = option(
     "--method",
     "NAME",
@@ -549,7 +554,9 @@ and the loss barriers to them.""",
             ),
             CRITERION,
             DEVICE,
-            SEED,
+            SEED.but(
+                help="seed of the draw from the retain set (default 0)", default=0
+            ),
             JSON,
             JSON_FILE,
         ),
@@ -658,7 +665,7 @@ forget. Nothing is written: to train a head that you release, see
                 help="a set to forget together: 3,17,25 or a file"
             ),
             TOP(10),
-            SEED.but(help="seed of the noise (default 0)"),
+            SEED,
             DEVICE,
             JSON,
             JSON_FILE,

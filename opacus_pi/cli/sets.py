@@ -1,7 +1,7 @@
 """The three sets that metrics are computed on: forget set, retain set, test set.
 
-``unlearn`` and ``evaluate`` cut them in the same way, so with the same ``--seed`` their
-numbers can be compared.
+``unlearn`` and ``evaluate`` cut them in the same way, so that their numbers can be
+compared, unless they are given different ``--seed``.
 """
 
 import warnings

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         method=method,
         optimizer=make_optimizer,
         ledger=runs,
-        generator=torch.Generator().manual_seed(options.seed),
+        generator=_generator(options.seed),
     )
 
     if going_back:  # what cannot be rewound is found before the request is entered
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         if test_set is None:  # nothing to evaluate on
             return found
         sets = make_sets(
-            *(train_set, test_set, forget, criterion, options.seed),
+            *(train_set, test_set, forget, criterion, options.seed or 0),
             forgotten_before=list(forgotten_before),
         )
         return {**found, "evaluate": sets.metrics}
@@ -128,6 +128,23 @@ def run(options: argparse.Namespace) -> int:
     facts |= _run_facts(result, options.delta, len(train_set))
     answer(options, facts, _text(facts, result))
     return 0
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    """Return the generator of a run.
+
+    Whoever knows the seed can compute the noise, and two runs with one seed may have
+    the same noise. So no seed is the default.
+
+    Args:
+        seed: The user's, for a run that can be repeated; None: chosen by the operating
+            system.
+    """
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(seed)
 
 
 def _going_back(options: argparse.Namespace) -> dict[str, Any]:

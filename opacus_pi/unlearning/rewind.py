@@ -483,7 +483,7 @@ class RecordedTraining:
             record=self.record,
             state=state,
             forget=plan.gone,
-            generator=fresh_generator(self.record, plan.start, seed),
+            generator=fresh_generator(self.record, plan, seed),
             update=loop.update,
             make_optimizer=loop.make_optimizer,
             collate_fn=loop.collate_fn,
@@ -662,18 +662,20 @@ def _links(custody: Custody | None, *, charges: bool) -> Iterator[Assumption]:
 
 
 def fresh_generator(
-    record: ParticipationRecord, start: int, seed: int
+    record: ParticipationRecord, plan: RewindPlan, seed: int
 ) -> torch.Generator:
-    """Return a generator whose seed no training can have used.
+    """Return a generator whose seed no training and no other rewind has used.
 
     With the seed of the training the noise would be that of its first updates, which
-    the saved state depends on. The name of the run is random, so its hash is new.
+    the saved state depends on. The name of the run is random, so its hash is new. Two
+    rewinds with the same noise would differ by the examples that only one of them has
+    forgotten, without noise. So the hash is also over the examples that are left out.
 
     Args:
         record: Has the name of the run.
-        start: The update to go back to.
+        plan: Where to go back to, and what is left out.
         seed: A seed of the caller's, so that the result can be repeated.
     """
-    text = f"{record.run}/{start}/{seed}".encode()
+    text = f"{record.run}/{plan.start}/{seed}/{plan.gone.tolist()}".encode()
     number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 2
     return torch.Generator().manual_seed(number)

@@ -52,6 +52,22 @@ def test_weights_are_the_librarys(run, project, tmp_path, ledger):
     assert guarantee == result.guarantee and guarantee.kind == "certified if"
 
 
+def test_noise_is_new_in_every_run_without_a_seed(answer, tmp_path):
+    weights = []
+    for name, more in (
+        ("a", ()),
+        ("b", ()),
+        ("c", ("--seed", "4")),
+        ("d", ("--seed", 4)),
+    ):
+        answer(*UNLEARN, "3", *NOISY, *more, "--out", tmp_path / name)
+        found = safetensors.torch.load_file(tmp_path / name / "weights.safetensors")
+        weights.append(torch.cat([w.flatten() for w in found.values()]))
+    one, other, seeded, repeated = weights
+    assert torch.equal(seeded, repeated)
+    assert not any(torch.equal(one, w) for w in (other, seeded))
+
+
 def test_what_is_left(answer, tmp_path):
     out = tmp_path / "run"
     found = answer(*UNLEARN, "3,17", "--out", out)
@@ -70,7 +86,9 @@ def test_wrapped_weights_are_the_same_weights(run, tmp_path):
     words = ("--forget", "3", *SHORT, "--data", "cli_project:train_set", "--out")
     for weights in ("model.safetensors", "wrapped.pt"):
         model = ("--model", "cli_project:one_model", "--weights", weights)
-        assert run("unlearn", *model, *words, tmp_path / weights[:5])[0] == 0
+        assert (
+            run("unlearn", *model, *words, tmp_path / weights[:5], "--seed", 0)[0] == 0
+        )
     a, b = (
         safetensors.torch.load_file(tmp_path / name / "weights.safetensors")
         for name in ("model", "wrapp")

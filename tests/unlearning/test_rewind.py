@@ -26,6 +26,11 @@ def private(tmp_path_factory):
     return Saved(tmp_path_factory.mktemp("private") / "s", POLICY, noise=2.0)
 
 
+def parameters(model):
+    """Names and values of the parameters, without gradients."""
+    return [(name, p.detach()) for name, p in model.named_parameters()]
+
+
 def without(data_set, example):
     """The data set with zeros in place of one example."""
     x, y = (t.clone() for t in data_set.tensors)
@@ -98,6 +103,25 @@ def test_two_rewinds_draw_different_noise(private):
     assert not torch.equal(weights(one), weights(two))
 
 
+def test_requests_that_are_carried_out_with_one_seed_do_not_share_noise(tmp_path):
+    """Else two models would differ by an example, and by no noise."""
+    saved = Saved(tmp_path / "s", noise=5.0, every=15)
+    start = saved.states.load(0)["model"]
+    moves = []
+    for example in (0, 0, 1):
+        generator = torch.Generator().manual_seed(3)
+        model = (
+            saved.unlearner(generator=generator)
+            .rewind(saved.data, [example], checkpoints=saved.states)
+            .model
+        )
+        moves.append(
+            torch.cat([(p - start[n]).flatten() for n, p in parameters(model)])
+        )
+    assert torch.equal(moves[0], moves[1])
+    assert abs(float(torch.corrcoef(torch.stack(moves[1:]))[0, 1])) < 0.5
+
+
 def test_the_seed_of_the_training_does_not_give_its_noise_again(tmp_path):
     """The same seed everywhere, and from the first state: the noise is another."""
     saved = Saved(tmp_path / "s", seed=0, noise=5.0)
@@ -110,9 +134,7 @@ def test_the_seed_of_the_training_does_not_give_its_noise_again(tmp_path):
     start = saved.states.load(0)["model"]
 
     def move(model):
-        return torch.cat(
-            [(p.detach() - start[n]).flatten() for n, p in model.named_parameters()]
-        )
+        return torch.cat([(p - start[n]).flatten() for n, p in parameters(model)])
 
     moves = torch.stack([move(result.model), move(saved.net)])
     assert abs(float(torch.corrcoef(moves)[0, 1])) < 0.5
