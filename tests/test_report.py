@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from opacus_pi import GradNormLedger, Guarantee, NoisySGD
-from opacus_pi.accounting import epsilons, privacy_losses
-from opacus_pi.accounting.guarantee import Assumption
+from opacus_pi.accounting import epsilon_limits, epsilons, privacy_losses
+from opacus_pi.accounting.guarantee import Assumption, rounded_up
 from opacus_pi.difficulty.forget_sets import ranking, top_k
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.files.strict_json import json_text
@@ -99,6 +99,31 @@ def test_numbers_are_the_librarys(tmp_path):
     assert "nothing was unlearned" in page.text
     assert "per_example" not in facts  # only the hardest are listed
     assert "unlearning" not in facts and "Guarantee" not in page.text
+
+
+def test_draws_limit_the_epsilons(tmp_path):
+    ledger = make_ledger()
+    assert "ε at most" not in read(tmp_path / "swept.html", ledger=ledger)[0].text
+    mechanism = replace(ledger.mechanism, sample_rate=0.6, noise_std=3.0)
+    drawn = np.random.default_rng(1).random((30, 60)) < 0.6
+    norms = np.where(drawn, np.repeat(ledger.grad_norms, 10, axis=0), np.nan)
+    steps = np.arange(30) + 1
+    observed = GradNormLedger(mechanism, steps, norms, source="observed")
+    page, facts = read(tmp_path / "r.html", ledger=observed, tolerance=0, top=5)
+    limits = epsilon_limits(observed, 1e-5, tolerance=0)
+    worst, own = facts["worst_case_epsilon"], epsilons(observed, 1e-5, tolerance=0)
+    expected = np.minimum(limits, worst)
+    for row in facts["hardest"]:
+        assert row["limit"] == pytest.approx(expected[row["id"]], rel=1e-9)
+    quantiles = facts["quantiles"]
+    lowest = quantiles["limit"][0]
+    assert lowest == pytest.approx(expected[own.argmin()]) and lowest < 0.9 * worst
+    assert (np.array(quantiles["limit"]) >= quantiles["epsilon"]).all()
+    assert page.text.count("ε at most") == 3 and rounded_up(lowest) in page.text
+    assert "95 % confidence" in page.text
+    assumed = score(observed.with_noise_std(2.0)).facts(3)
+    assert assumed["quantiles"]["limit"] is None
+    assert [row["limit"] for row in assumed["hardest"]] == [None] * 3
 
 
 @pytest.mark.filterwarnings("ignore:A forget set contains only a part")

@@ -76,7 +76,10 @@ def _bar(task: Task, step: str) -> str:
     """Describe the bar of a step."""
     limit = task.seconds[step]
     parts = [f"{limit:g} s"] if math.isfinite(limit) else []
-    parts += [f"{task.mebibytes:g} MiB"] if task.mebibytes else []
+    memory = task.mebibytes
+    if isinstance(memory, dict):
+        memory = memory[step]
+    parts += [f"{memory:.0f} MiB"] if memory else []
     return ", ".join(parts)
 
 

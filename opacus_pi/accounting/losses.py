@@ -41,6 +41,7 @@ from opacus_pi.accounting.moments import MODES
 from opacus_pi.accounting.predicted_losses import PredictedNorms, mean_over_gaps
 from opacus_pi.accounting.rules import (
     RULES,
+    SMOOTHED,
     STRATIFIED,
     UpdateInterval,
     intervals,
@@ -62,7 +63,7 @@ from opacus_pi.ledger.mechanism import NoisySGD
 Array = NDArray[np.float64]
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 CONVENTIONS = ("corrected", *PUBLISHED)
-ROW_RULES = (*RULES, STRATIFIED)
+ROW_RULES = (*RULES, STRATIFIED, SMOOTHED)
 GAPS = ("smoothed", "rank", "next")
 _HIGHEST_ORDER = 1e6  # only a p far too small for the run raises orders to this
 # The number of the first update: the released code of Thudi et al. counts from 0.
@@ -94,7 +95,9 @@ def privacy_losses(
         rule: Which row is used for which updates: ``"right"`` (the paper's),
             ``"left"``, ``"trapezoid"`` or ``"max"``; ``"stratified"`` for rows of
             ``Recorder.stratified``: for each example unbiased for one run's sum over
-            all its updates.
+            all its updates; ``"smoothed"`` for a swept ledger: for most updates of a
+            row the mean loss over the norms that are plausible given all rows. It
+            compares the ranks of the ledger's examples, so pass the whole ledger.
         hoelder_p: The p of Hölder's inequality, above 1, chosen before looking at the
             runs. Default: 3·num_steps, the paper's; ``inf``: the plain sum over the
             updates.
@@ -124,7 +127,7 @@ def privacy_losses(
     composition = composition_of(
         runs.mechanism, order, convention, hoelder_p, mode, tolerance
     )
-    losses = total_loss(runs, composition, rule)
+    losses = total_loss(runs, composition, "right" if rule == SMOOTHED else rule)
     if convention != "corrected":
         return losses
     worst = worst_case_loss(runs.mechanism, order, steps=runs.steps)
@@ -292,7 +295,8 @@ def total_loss(runs: RunNorms, composition: Composition, rule: str) -> Array:
     Args:
         runs: The runs' norms.
         composition: How the updates are composed.
-        rule: One of ``ROW_RULES``.
+        rule: One of ``ROW_RULES``, but not "smoothed": predictions of the norms are
+            used with "right".
 
     Returns:
         float64 ``(n,)``, in nats.
@@ -410,20 +414,7 @@ def norms_of_runs(
     runs = runs_of(ledger)
     first = runs[0]
     check_tolerance(tolerance, num_runs=len(runs))
-    expect(
-        rule in ROW_RULES,
-        "rule",
-        repr(rule),
-        f"must be in {ROW_RULES}",
-        'Try "right", the default.',
-    )
-    for run in runs:
-        require(
-            rule != STRATIFIED or run.source == "swept",
-            "rule='stratified' cannot be used for an observed ledger.",
-            "The norms of an observed row come from different updates, one for each "
-            "example. Record with Recorder.stratified, which sweeps.",
-        )
+    _check_row_rule(rule, runs)
     expect(
         first.num_rows > 0 or first.mechanism.num_steps == 0,
         "ledger",
@@ -439,7 +430,7 @@ def norms_of_runs(
         f"must be in {GAPS}",
         'The default is "smoothed".',
     )
-    predictions = _predictions(runs, columns) if gaps == "smoothed" else ()
+    predictions = _predictions(runs, columns, rule, gaps)
     filled = [_norms_of(run, gaps, bool(predictions), columns) for run in runs]
     norms = filled[0][None] if len(filled) == 1 else np.stack(filled)
     counts = [
@@ -449,10 +440,44 @@ def norms_of_runs(
     return RunNorms(joint_mechanism(runs), first.steps, norms, mean, predictions)
 
 
+def _check_row_rule(rule: str, runs: Sequence[GradNormLedger]) -> None:
+    """Refuse a rule that is unknown, or that cannot be used with the rows of a run."""
+    expect(
+        rule in ROW_RULES,
+        "rule",
+        repr(rule),
+        f"must be in {ROW_RULES}",
+        'Try "right", the default.',
+    )
+    for run in runs:
+        require(
+            rule != STRATIFIED or run.source == "swept",
+            "rule='stratified' cannot be used for an observed ledger.",
+            "The norms of an observed row come from different updates, one for each "
+            "example. Record with Recorder.stratified, which sweeps.",
+        )
+        require(
+            rule != SMOOTHED or run.source == "swept",
+            "rule='smoothed' cannot be used for an observed ledger.",
+            "Leave rule out: gaps='smoothed', the default, does the same for it.",
+        )
+
+
 def _predictions(
-    runs: Sequence[GradNormLedger], columns: slice
+    runs: Sequence[GradNormLedger], columns: slice, rule: str, gaps: str
 ) -> tuple[PredictedNorms | None, ...]:
-    """Return what the norms in the gaps of runs may have been; empty without gaps."""
+    """Return what norms that were not measured may have been; empty: none is asked for.
+
+    Args:
+        runs: The runs.
+        columns: The examples to predict.
+        rule: "smoothed" asks for the norms between the rows of swept runs.
+        gaps: "smoothed" asks for the norms in the gaps of observed runs.
+    """
+    if rule == SMOOTHED and runs[0].num_rows:
+        return tuple(PredictedNorms.between_rows(run, columns) for run in runs)
+    if gaps != "smoothed":
+        return ()
     predictions = tuple(PredictedNorms.of(run, columns) for run in runs)
     return predictions if any(p is not None for p in predictions) else ()
 

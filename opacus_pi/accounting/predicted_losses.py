@@ -47,7 +47,8 @@ class PredictedNorms:
         drawn: bool ``(N, n)``, where a norm was observed.
         seen_share: float64 ``(N,)``, which share of a row's updates is charged the
             norm that was observed, for an example that was drawn.
-        is_whole: bool ``(N,)``, whether the row has a norm of every example of the run.
+        is_whole: bool ``(N,)``, whether the row has a norm of every example of the run,
+            which holds for all its updates.
     """
 
     ranks: SmoothedRanks
@@ -76,6 +77,25 @@ class PredictedNorms:
         shares[is_whole] = 1.0
         norms = ledger.grad_norms[:, columns]
         return cls(ranks, ranks.predict(norms), ~np.isnan(norms), shares, is_whole)
+
+    @classmethod
+    def between_rows(
+        cls, ledger: GradNormLedger, columns: slice = slice(None)
+    ) -> "PredictedNorms":
+        """Return the predictions for the updates between the rows of a swept ledger.
+
+        A row has measured every example once: as a draw of all of them would have, so
+        its norms hold for one of the row's updates.
+
+        Args:
+            ledger: One run.
+            columns: The examples to predict.
+        """
+        ranks, norms = ledger.smoothed_ranks, ledger.grad_norms[:, columns]
+        updates = np.maximum(ledger.updates_of_rows(), 1)
+        has_gaps = np.zeros(len(norms), dtype=np.bool_)
+        drawn = ~np.isnan(norms)
+        return cls(ranks, ranks.predict(norms), drawn, 1 / updates, has_gaps)
 
     def of_examples(self, columns: NDArray[Any] | slice) -> "PredictedNorms":
         """Return the predictions of some examples (columns)."""

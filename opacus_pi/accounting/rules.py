@@ -11,6 +11,10 @@ Rule "stratified" is for rows drawn at random: the run is cut into N equal parts
 (strata), one update of each part is drawn, and the row has the weights from which that
 update starts. Its loss times the part's length is unbiased for the sum over the part.
 
+Rule "smoothed" is for swept rows far apart: the norms of a row hold for one of its
+updates, and for the others the mean loss over the norms is charged that are plausible
+given the example's norms in all rows (``predicted_losses``).
+
 None of the rules gives a bound: the norms between rows are not known. How far each is
 from exact norms at every update is measured in the benchmarks.
 
@@ -34,6 +38,7 @@ from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 
 RULES = ("right", "left", "trapezoid", "max")
 STRATIFIED = "stratified"
+SMOOTHED = "smoothed"
 
 
 def check_rule(rule: str) -> None:

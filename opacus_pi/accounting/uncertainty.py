@@ -42,7 +42,7 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.assumed_noise import require_real_noise
 from opacus_pi.accounting.conversion import check_delta, check_orders, epsilon_offset
-from opacus_pi.accounting.epsilon import epsilons
+from opacus_pi.accounting.epsilon import DEFAULT_TOLERANCE, epsilons
 from opacus_pi.accounting.losses import (
     Composition,
     RunNorms,
@@ -60,6 +60,7 @@ __all__ = ["epsilon_limits", "loss_limits", "standard_errors"]
 
 Array = NDArray[np.float64]
 _CLIPPED = np.array([np.inf])
+_MANY = 1 << 18  # norms, whose exact losses take more time than tables
 _LIMIT_ORDERS = (
     1.1,
     1.25,
@@ -186,7 +187,7 @@ def epsilon_limits(
     confidence: float = 0.95,
     orders: ArrayLike | None = None,
     hoelder_p: float | None = None,
-    tolerance: float = 0.0,
+    tolerance: float | None = None,
 ) -> Array:
     """Return upper limits of the epsilons, over the random draws of the batches.
 
@@ -201,7 +202,8 @@ def epsilon_limits(
         confidence: As in ``loss_limits``.
         orders: Rényi orders to choose from, above 1. Default: 18 from 1.1 to 64.
         hoelder_p: As in ``privacy_losses``.
-        tolerance: As in ``privacy_losses``.
+        tolerance: As in ``privacy_losses``. Default: 1e-3 for a run with more than
+            262,144 norms (rows times examples), else 0.
 
     Returns:
         float64 ``(n,)``, at least 0.
@@ -211,6 +213,11 @@ def epsilon_limits(
             assumed.
         AccountingError: If a link of the chain of custody is broken.
     """
+    _require_one_run(ledger)
+    asked = tolerance
+    if tolerance is None:
+        is_large = ledger.grad_norms.size > _MANY
+        tolerance = DEFAULT_TOLERANCE if is_large else 0.0
     least = epsilon_limits_of_draws(
         ledger,
         delta,
@@ -219,7 +226,7 @@ def epsilon_limits(
         hoelder_p=hoelder_p,
         tolerance=tolerance,
     )
-    estimates = epsilons(ledger, delta, orders=orders, tolerance=tolerance)
+    estimates = epsilons(ledger, delta, orders=orders, tolerance=asked)
     result: Array = np.maximum(least, estimates)
     return result
 

@@ -19,7 +19,14 @@ from opacus_pi.cli.output import answer, table, write_csv
 from opacus_pi.ledger.custody import LINKS
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.report.persons import rank_persons
-from opacus_pi.report.scores import Scores, grouped, score, tie_sentence
+from opacus_pi.report.scores import (
+    Scores,
+    grouped,
+    has_limits,
+    limit_in_words,
+    score,
+    tie_sentence,
+)
 from opacus_pi.report.write import training_facts
 
 
@@ -124,28 +131,46 @@ def _text(scores: Scores, facts: dict[str, Any], top: int) -> str:
     """
     quantiles = facts["quantiles"]
     losses, epsilons = quantiles["loss"], quantiles["epsilon"]
+    unknown = [None] * len(losses)
     rows = zip(
         (f"{100 * p:g} %" for p in quantiles["probability"]),
         losses,
-        [None] * len(losses) if epsilons is None else epsilons,
+        unknown if epsilons is None else epsilons,
+        map(limit_in_words, quantiles["limit"] or unknown),
         strict=True,
     )
     hardest = [
-        [row["id"], row["loss"], row["epsilon"]] for row in grouped(facts["hardest"])
+        [row["id"], row["loss"], row["epsilon"], limit_in_words(row["limit"])]
+        for row in grouped(facts["hardest"])
     ]
+    columns = ("loss", "ε", *(["ε at most"] if has_limits(facts) else []))
+    width = 1 + len(columns)
     strata = [[s["name"], s["size"], s["mean_loss"]] for s in facts["strata"]]
     ties = tie_sentence(facts)
     return "\n\n".join(
         [
             facts["sensitive"],
             _headline(scores),
-            "Quantiles over examples\n" + table(("", "loss", "ε"), list(rows)),
+            "Quantiles over examples\n"
+            + table(("", *columns), [row[:width] for row in rows])
+            + _about_limits(facts),
             "Hardest examples\n"
             + (f"{ties}\n" if ties else "")
-            + table(("id", "loss", "ε"), hardest),
+            + table(("id", *columns), [row[:width] for row in hardest]),
             *_persons_text(facts, top),
             "Strata of difficulty\n" + table(("", "size", "mean loss"), strata),
         ]
+    )
+
+
+def _about_limits(facts: dict[str, Any]) -> str:
+    """Return a line that says what "ε at most" is; empty if the column is missing."""
+    if not has_limits(facts):
+        return ""
+    return (
+        '\n"ε at most" limits the ε of the example at this quantile with 95 % '
+        "confidence, as measured and not proved: its norms are known only for the "
+        "updates that drew it."
     )
 
 

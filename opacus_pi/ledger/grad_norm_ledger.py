@@ -225,9 +225,11 @@ class GradNormLedger(SavedLedger):
         whole ledger.
         """
         if not self._learnt:
-            # In a row without gaps, charged examples may not have been drawn.
-            has_gaps = np.isnan(self.grad_norms).any(axis=1, keepdims=True)
-            rows = np.where(has_gaps, self.grad_norms, np.nan)
+            rows = self.grad_norms
+            if self.source != "swept":
+                # In a row without gaps, charged examples may not have been drawn.
+                has_gaps = np.isnan(rows).any(axis=1, keepdims=True)
+                rows = np.where(has_gaps, rows, np.nan)
             learnt = SmoothedRanks.learnt_from(rows, self.updates_of_rows())
             self._learnt.append(learnt)
         return self._learnt[0]

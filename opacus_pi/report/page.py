@@ -17,7 +17,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from opacus_pi._printable import printable
 from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.report.run import TOLERANCE
-from opacus_pi.report.scores import grouped, tie_sentence
+from opacus_pi.report.scores import (
+    grouped,
+    has_limits,
+    limit_in_words,
+    tie_sentence,
+)
 
 Facts = Mapping[str, Any]
 
@@ -44,7 +49,11 @@ def render(
             facts=facts,
             quantiles=_quantile_rows(facts["quantiles"]),
             card=_card(facts),
-            hardest=grouped(facts["hardest"]),
+            hardest=[
+                {**row, "at_most": limit_in_words(row["limit"])}
+                for row in grouped(facts["hardest"])
+            ],
+            limits=[("ε at most", "at_most")] if has_limits(facts) else [],
             ties=tie_sentence(facts),
             tolerance=f"{TOLERANCE:g}",
             distribution_pictures=distribution_pictures,
@@ -187,17 +196,23 @@ def _quantile_rows(quantiles: Facts) -> list[dict[str, Any]]:
     """Return one row for each quantile of loss and ε.
 
     Args:
-        quantiles: What ``Scores.quantiles`` returned; ``epsilon`` is None if the losses
-            are only a ranking.
+        quantiles: What ``Scores.quantiles`` returned; ``epsilon`` and ``limit`` are
+            None if the losses are only a ranking.
     """
     names = {0.0: "smallest", 0.5: "median", 1.0: "largest"}
     losses = quantiles["loss"]
     return [
-        {"name": names.get(p, f"{100 * p:g} %"), "loss": loss, "epsilon": epsilon}
-        for p, loss, epsilon in zip(
+        {
+            "name": names.get(p, f"{100 * p:g} %"),
+            "loss": loss,
+            "epsilon": epsilon,
+            "at_most": limit_in_words(limit),
+        }
+        for p, loss, epsilon, limit in zip(
             quantiles["probability"],
             losses,
             quantiles["epsilon"] or [None] * len(losses),
+            quantiles["limit"] or [None] * len(losses),
             strict=True,
         )
     ]

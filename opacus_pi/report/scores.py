@@ -16,7 +16,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -33,8 +33,9 @@ from opacus_pi.accounting import (
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
 from opacus_pi.accounting.conversion import check_delta, large_delta
 from opacus_pi.accounting.epsilon import default_tolerance, losses_and_epsilons
-from opacus_pi.accounting.guarantee import Assumption
+from opacus_pi.accounting.guarantee import Assumption, rounded_up
 from opacus_pi.accounting.training_bound import training_assumptions, training_epsilon
+from opacus_pi.accounting.uncertainty import epsilon_limits_of_draws
 from opacus_pi.difficulty.forget_sets import (
     difficulty_strata,
     num_at_top,
@@ -74,6 +75,8 @@ class Scores(Shown):
         unchecked_links: The links of the chain of custody that were not checked,
             although the numbers depend on them.
         tolerance: By how much losses and epsilons may be rounded up, relative.
+        observed: The run whose draws limit the epsilons, an observed one; None: there
+            is no such limit.
     """
 
     _note: ClassVar[str] = "sensitive: it shows which examples are unusual"
@@ -88,6 +91,7 @@ class Scores(Shown):
     assumptions: tuple[Assumption, ...]
     unchecked_links: tuple[Link, ...] = ()
     tolerance: float = 0.0
+    observed: GradNormLedger | None = field(default=None, repr=False, compare=False)
 
     def _shown(self) -> dict[str, Any]:
         return {
@@ -160,9 +164,32 @@ class Scores(Shown):
                 "id": int(self.ids[i]),
                 "loss": float(self.losses[i]),
                 "epsilon": None if self.epsilons is None else float(self.epsilons[i]),
+                "limit": limit,
             }
-            for i in places[:top]
+            for i, limit in zip(places[:top], self.limits(places[:top]), strict=True)
         ]
+
+    def limits(self, places: NDArray[np.int64]) -> list[float | None]:
+        """Return upper limits of the epsilons of some examples, at 95 % confidence.
+
+        Only the updates that drew an example are known, and other draws of the same
+        training would have given another ε (``accounting.epsilon_limits``). A limit is
+        never above the worst case.
+
+        Args:
+            places: Positions in ``losses``, possibly repeated.
+
+        Returns:
+            One limit for each place; None if there is none, or no need of one because
+            the norms of all examples were swept.
+        """
+        if self.epsilons is None or self.observed is None or not len(places):
+            return [None] * len(places)
+        columns, where = np.unique(places, return_inverse=True)
+        drawn = epsilon_limits_of_draws(self.observed.subset(columns), self.delta)
+        highest = self.worst_case_epsilon
+        found = np.minimum(np.maximum(drawn, self.epsilons[columns]), highest)[where]
+        return [float(limit) if math.isfinite(limit) else None for limit in found]
 
     def strata(self) -> list[dict[str, Any]]:
         """Five sets of rising loss, each a fiftieth of the examples.
@@ -190,15 +217,22 @@ class Scores(Shown):
         infinite losses an interpolation gives NaN.
 
         Returns:
-            ``probability``, ``loss`` and ``epsilon``, one entry for each quantile;
-            ``epsilon`` is None if the losses are only a ranking.
+            ``probability``, ``loss``, ``epsilon`` and ``limit``, one entry for each
+            quantile. ``limit`` is that of the example with this ε, in ``limits``.
+            ``epsilon`` and ``limit`` are None if the losses are only a ranking.
         """
+        limits = None
+        if self.epsilons is not None:
+            ranks = np.arange(len(self.epsilons))
+            at = np.quantile(ranks, _QUANTILES, method="lower")
+            limits = self.limits(np.argsort(self.epsilons, kind="stable")[at])
         return {
             "probability": _QUANTILES,
             "loss": np.quantile(self.losses, _QUANTILES, method="lower"),
             "epsilon": None
             if self.epsilons is None
             else np.quantile(self.epsilons, _QUANTILES, method="lower"),
+            "limit": limits,
         }
 
     def facts(self, top: int) -> dict[str, Any]:
@@ -298,7 +332,23 @@ def score(
         assumptions=assumptions,
         tolerance=tolerance,
         unchecked_links=unchecked_in([run.custody for run in runs]),
+        observed=runs[0] if len(runs) == 1 and runs[0].source == "observed" else None,
     )
+
+
+def has_limits(facts: Mapping[str, Any]) -> bool:
+    """Return whether the draws give the example at any quantile of ε a limit.
+
+    Args:
+        facts: What ``Scores.facts`` returned.
+    """
+    limits = facts["quantiles"]["limit"] or ()
+    return any(limit is not None for limit in limits)
+
+
+def limit_in_words(limit: float | None) -> str:
+    """Return a limit with four digits, rounded up; a dash if there is none."""
+    return "–" if limit is None else rounded_up(limit)
 
 
 def tie_sentence(facts: Mapping[str, Any]) -> str:
@@ -324,12 +374,13 @@ def tie_sentence(facts: Mapping[str, Any]) -> str:
 
 
 def grouped(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of examples, with one row for those of equal loss and ε.
+    """Return rows of examples, with one row for those of equal loss, ε and limit.
 
     Numbers are equal if their first twelve digits are.
 
     Args:
-        rows: Rows with ``id``, ``loss`` and ``epsilon``, equal ones beside each other.
+        rows: Rows with ``id``, ``loss``, ``epsilon`` and, if there is one, ``limit``;
+            equal ones beside each other.
 
     >>> rows = [{"id": i, "loss": min(i, 5), "epsilon": None} for i in range(9, 3, -1)]
     >>> [row["id"] for row in grouped(rows)]
@@ -337,7 +388,7 @@ def grouped(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
 
     def digits(row: Mapping[str, Any]) -> list[str]:
-        shown = (row["loss"], row["epsilon"])
+        shown = (row["loss"], row["epsilon"], row.get("limit"))
         return ["" if number is None else f"{float(number):.12g}" for number in shown]
 
     groups = [[*group] for _, group in itertools.groupby(rows, key=digits)]

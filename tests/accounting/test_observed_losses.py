@@ -307,3 +307,16 @@ def test_nobody_is_drawn_at_rate_0():
     run = GradNormLedger(mechanism, [1, 2, 3], rows, source="observed")
     assert (loss_limits(run, 8) == 0).all()
     assert (privacy_losses(run, 8) == 0).all()
+
+
+def test_limits_of_a_large_run_are_rounded_up_by_a_thousandth(monkeypatch):
+    observed, _ = runs(num_rows=12, num_examples=40)
+    orders = (2.0, 8.0)
+    exact = epsilon_limits(observed, 1e-5, orders=orders)
+    np.testing.assert_array_equal(
+        exact, epsilon_limits(observed, 1e-5, orders=orders, tolerance=0)
+    )
+    monkeypatch.setattr("opacus_pi.accounting.uncertainty._MANY", 12 * 40 - 1)
+    rounded = epsilon_limits(observed, 1e-5, orders=orders)
+    assert (rounded >= exact).all() and (rounded > exact).any()
+    np.testing.assert_allclose(rounded, exact, rtol=1e-3)
