@@ -48,6 +48,7 @@ __all__ = [
     "PARTS_IN_COLLATE",
     "PASSES_DISAGREE",
     "REPEATED",
+    "ROWS_IN_MODEL",
     "SEVERAL_BATCHES",
     "SOMETIMES",
     "TAKEN_OVER",
@@ -229,8 +230,21 @@ MISMATCH = Cause(
     "gradients and forward passes have different numbers of samples",
     "unattributed",
     "The number of samples of the gradients differs from that of the forward passes. "
-    "This happens, for example, if several batches enter one loss. Use one batch per "
-    "loss.",
+    "This happens, for example, if several batches enter one loss, or if the model "
+    "gives a layer only some of the examples. Use one batch per loss, and give each "
+    "layer one row for each example.",
+)
+ROWS_IN_MODEL = Cause(
+    "layers have more rows than the batch has examples",
+    "unattributed",
+    "A layer was given more rows than the batch has samples, and only one forward pass "
+    "of the model entered the loss. This happens if the model makes several rows of "
+    "each example, such as the frames of a video or a mirrored copy. Opacus clips each "
+    "row by itself, so max_grad_norm does not bound what an example contributes. Put "
+    "the rows of an example along another dimension than the first. Or use "
+    'grad_sample_mode="fast", which computes such gradients by running the model again '
+    "for each example; this is slow.",
+    link="rows",
 )
 BY_HAND = Cause(
     "the training loop computed the per-example gradients",

@@ -6,7 +6,9 @@ samples of a GAN's discriminator. Such passes are joined, and the samples of the
 recognised pass are used for all of them.
 
 *Guarantee.* The numbers of samples must agree. Otherwise it is not known which gradient
-belongs to which pass, and all samples are unattributed. If a pass was only assumed to
+belongs to which pass, and all samples are unattributed. A single pass whose gradients
+have more rows than it has samples breaks the link "rows": it gave a layer several rows
+of one example. If a pass was only assumed to
 be of a batch, and the same batch was recognised in another pass, the first counts as
 not delivered.
 """
@@ -18,6 +20,7 @@ from opacus_pi.attribution.causes import (
     MISMATCH,
     NOT_DELIVERED,
     PASSES_DISAGREE,
+    ROWS_IN_MODEL,
     UNSEEN,
     Cause,
 )
@@ -54,6 +57,8 @@ def with_sizes(
     cause = causes[0] if causes else MISMATCH if done else unseen
     if cause is MISMATCH and _have_different_samples(done, sizes):
         cause = PASSES_DISAGREE
+    elif cause is MISMATCH and _have_more_rows(done, sizes):
+        cause = ROWS_IN_MODEL
     return [_unattributed(size, cause) for size in sizes]
 
 
@@ -67,6 +72,19 @@ def _have_different_samples(done: list[ForwardPass], sizes: list[int]) -> bool:
     return len(sizes) == 1 < len(done) and all(
         f.is_recognised and f.num_samples == sizes[0] for f in done
     )
+
+
+def _have_more_rows(done: list[ForwardPass], sizes: list[int]) -> bool:
+    """Return whether each backward pass left at least one gradient for each sample.
+
+    Args:
+        done: One pass for each backward pass, so that no two entered one loss.
+        sizes: As for ``with_sizes``; they are not all the numbers of samples.
+    """
+    if len(done) != len(sizes):
+        return False
+    pairs = zip(done, sizes, strict=True)
+    return all(f.num_samples is not None and f.num_samples <= n for f, n in pairs)
 
 
 def _without_guesses(done: list[ForwardPass]) -> list[ForwardPass]:

@@ -61,6 +61,7 @@ from opacus_pi.attribution.causes import (
     PARTS_IN_COLLATE,
     PASSES_DISAGREE,
     REPEATED,
+    ROWS_IN_MODEL,
     TAKEN_OVER,
     TRUSTED,
     TWO_TENSORS,
@@ -141,6 +142,7 @@ _BREAKING = (
     MIXED_IN_COLLATE,
     PARTS_IN_COLLATE,
     PASSES_DISAGREE,
+    ROWS_IN_MODEL,
     TWO_TENSORS,
 )
 _EVIDENCE = {

@@ -76,7 +76,8 @@ _OTHER_NUMBER = (
     "happens if a layer is not given exactly one row for each example: it gets only "
     "some of the examples (a model that routes them), or several rows for each (two "
     "views of an example). Give every layer all examples, and choose between outputs "
-    "with torch.where. Put several views along another dimension than the first."
+    "with torch.where. Put several views along another dimension than the first, or "
+    'use grad_sample_mode="fast".'
 )
 _NOT_REPEATABLE = (
     "{what} returns other values when it is called again on the same examples: it "

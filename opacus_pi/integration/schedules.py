@@ -1,10 +1,10 @@
 """Sampling schedules: how often a data loader draws an example, if that is known.
 
 Privacy accounting needs to know the schedule: Poisson sampling (each example is drawn
-independently in each update), or a fixed one (each example at most once an epoch, in an
-order that does not depend on the data). Each check returns the reason why a loader has
-neither, with what to do about it, or None. Training goes on in any case; only the
-numbers are refused.
+independently in each update), or a fixed one (without replacement, in an order that
+does not depend on the data, and each example at most once in a batch; how often it was
+drawn is counted). Each check returns the reason why a loader has neither, with what to
+do about it, or None. Training goes on in any case; only the numbers are refused.
 """
 
 import weakref
@@ -51,7 +51,8 @@ def unknown_schedule(loader: DataLoader[Any]) -> str | None:
 
     Returns:
         The reason; None for Poisson sampling at the rate that Opacus accounts for, and
-        for a loader that draws each example at most once an epoch.
+        for a loader that draws without replacement. ``RandomSampler`` may do so several
+        times in a pass, if no batch has examples of two of these times.
     """
     if is_poisson(loader):
         rate = cast(Any, loader.batch_sampler).sample_rate
@@ -73,16 +74,35 @@ def unknown_schedule(loader: DataLoader[Any]) -> str | None:
         return None  # how often it has drawn each example is counted
     sampler = getattr(batches, "sampler", loader.sampler)
     without_replacement = type(sampler) in _ONCE_PER_EPOCH or (
-        type(sampler) is RandomSampler
-        and not sampler.replacement
-        and sampler.num_samples <= len(sampler.data_source)
+        type(sampler) is RandomSampler and not sampler.replacement
     )
     if without_replacement and (batches is None or type(batches) is BatchSampler):
-        return None
+        return _repeated_in_a_batch(sampler, getattr(batches, "batch_size", 1))
     return (
         f"How often {type(_drawing_sampler(loader)).__name__} draws an example is not "
         "known, so no privacy loss can be computed. Use poisson_sampling=True, or "
         "shuffle=True."
+    )
+
+
+def _repeated_in_a_batch(sampler: Any, batch_size: int) -> str | None:
+    """Explain that one batch may have an example twice.
+
+    Args:
+        sampler: Draws without replacement. A ``RandomSampler`` with more samples than
+            examples begins again when it has drawn all of them.
+        batch_size: How many of its samples make a batch.
+    """
+    num_samples = sampler.num_samples if type(sampler) is RandomSampler else 0
+    num_examples = len(sampler.data_source) if num_samples else 0
+    if num_samples <= num_examples or num_examples % batch_size == 0:
+        return None
+    return (
+        f"RandomSampler draws {num_samples} samples in one pass, and begins again when "
+        f"it has drawn all {num_examples} examples. A batch of {batch_size} samples "
+        "may be drawn from two of these rounds, so an example may be in it twice, and "
+        "max_grad_norm does not bound what it contributes. Use a batch size that "
+        "divides the number of examples, or shuffle=True and more epochs."
     )
 
 

@@ -1,12 +1,15 @@
 """Below complete attribution a warning names the cause and the remedy: every cause."""
 
+import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from opacus_pi import AccountingError, PrivacyEngine
+from opacus_pi import AccountingError, PrivacyEngine, Recorder
 from opacus_pi.attribution import causes
 from opacus_pi.attribution.evidence import _are_values_moved
 from opacus_pi.attribution.samples import DelayedChecksums
@@ -97,6 +100,92 @@ def test_a_data_set_without_positions():
     with pytest.warns(UserWarning, match="no indices.*Use a map-style"):
         loops.plain(run)
     check(run, causes.NO_INDICES)
+
+
+class OfFrames(nn.Module):
+    """Gives its layer the frames of all examples as rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(runs.WIDTH, runs.CLASSES)
+
+    def rows(self, x):
+        return x.repeat_interleave(3, 0) + torch.arange(3).repeat(len(x))[:, None]
+
+    def forward(self, x):
+        return self.layer(self.rows(x)).unflatten(0, (len(x), 3)).mean(1)
+
+
+class Mirrored(OfFrames):
+    """Gives its layer the batch, and a copy of it in reverse."""
+
+    def rows(self, x):
+        return torch.cat([x, x.flip(1)])
+
+    def forward(self, x):
+        return sum(self.layer(self.rows(x)).chunk(2))
+
+
+class OfSome(OfFrames):
+    """Gives its layer every second example."""
+
+    def rows(self, x):
+        return x[::2]
+
+    def forward(self, x):
+        return torch.cat([self.layer(self.rows(x)), x[1::2, : runs.CLASSES]])
+
+
+def trained_with(model, mode="hooks", *, accumulates=False, **options):
+    engine = PrivacyEngine(recorder=Recorder(probe_model=False, **options))
+    model, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(*runs.tensors()), batch_size=4),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+    )
+    for number, (x, y) in enumerate(loader):
+        runs.criterion(model(x), y).backward()
+        if number % 2 or not accumulates:
+            optimizer.step()
+            optimizer.zero_grad()
+    return engine
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", [OfFrames, Mirrored])
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_rows_that_the_model_makes_of_an_example_are_refused(model, mode, accumulates):
+    engine = trained_with(
+        model(), mode, accumulates=accumulates, unattributed="worst_case"
+    )
+    with pytest.raises(AccountingError, match="several rows of each example") as error:
+        _ = engine.ledger
+    assert "several batches" not in str(error.value)
+    assert 'grad_sample_mode="fast"' in str(error.value)
+    assert set(engine._run.tracker.causes) == {causes.ROWS_IN_MODEL.name}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", [OfFrames, Mirrored])
+def test_the_fast_mode_has_the_norms_of_examples_with_several_rows(model):
+    torch.manual_seed(3)
+    module = model()
+    true = runs.true_norms(*runs.tensors(), copy.deepcopy(module))
+    ledger = trained_with(module, "fast", every=range(1, 7)).ledger
+    first = ledger.grad_norms[0, :4]  # later rows are at other weights
+    np.testing.assert_allclose(first, true[:4], rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fewer_rows_than_examples_are_of_examples_that_a_layer_was_not_given():
+    tracker = trained_with(OfSome())._run.tracker
+    assert set(tracker.causes) == {causes.MISMATCH.name}
+    assert "only some of the examples" in causes.MISMATCH.explanation
 
 
 def check(run, cause):

@@ -14,7 +14,7 @@ from torch.utils.data import (
 )
 
 from opacus_pi.integration import schedules
-from tests.private_training import Training
+from tests.private_training import NUM_EXAMPLES, Training, data
 
 DATA = TensorDataset(torch.zeros(12, 2))
 KNOWN = {
@@ -57,9 +57,30 @@ def test_schedules_that_are_not_known(name):
     assert f"How often {name} draws" in reason and "poisson_sampling=True" in reason
 
 
-def test_more_than_an_epoch_without_replacement():
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 12, None])
+@pytest.mark.parametrize("num_samples", [12, 24, 30])
+def test_several_rounds_without_replacement(num_samples, batch_size):
+    sampler = RandomSampler(DATA, num_samples=num_samples)
+    loader = DataLoader(DATA, sampler=sampler, batch_size=batch_size)
+    assert schedules.unknown_schedule(loader) is None
+
+
+@pytest.mark.parametrize("batch_size", [5, 8, 24])
+def test_a_batch_of_two_rounds_may_have_an_example_twice(batch_size):
     sampler = RandomSampler(DATA, num_samples=24)
-    assert schedules.unknown_schedule(DataLoader(DATA, sampler=sampler))
+    loader = DataLoader(DATA, sampler=sampler, batch_size=batch_size)
+    reason = schedules.unknown_schedule(loader)
+    assert f"A batch of {batch_size} samples may be drawn from two" in reason
+
+
+@pytest.mark.parametrize("num_samples", [48, 36])
+def test_participations_of_several_rounds_are_counted(num_samples):
+    sampler = RandomSampler(data(), num_samples=num_samples)
+    loader = DataLoader(sampler.data_source, batch_size=6, sampler=sampler)
+    ledger = Training(loader=loader, poisson_sampling=False).train(1).engine.ledger
+    counts = ledger.participations.sum(axis=0)
+    assert counts.sum() == num_samples and counts.min() == num_samples // NUM_EXAMPLES
+    assert ledger.mechanism.max_participations == counts.max() == 2
 
 
 def test_a_poisson_loader_that_is_kept_is_poisson():
