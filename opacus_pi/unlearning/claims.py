@@ -229,7 +229,7 @@ def runs_in(ledger: Ledgers | None) -> tuple[GradNormLedger, ...]:
     return (ledger,) if isinstance(ledger, GradNormLedger) else tuple(ledger)
 
 
-def claim(
+def claim(  # noqa: PLR0913
     method: Method,
     model: nn.Module,
     ledger: Ledgers | None,
@@ -241,6 +241,7 @@ def claim(
     has_weights: bool = True,
     engine_facts: EngineFacts = _NO_FACTS,
     delta: float = 1e-5,
+    with_estimate: bool = True,
 ) -> Guarantee:
     """Return what may be claimed about unlearning a set from a model by a method.
 
@@ -264,6 +265,8 @@ def claim(
             architecture.
         engine_facts: What the engine of the training knows, if there is one.
         delta: δ in (0, 1) at which its accountant is asked for ε.
+        with_estimate: Whether to compute the estimate beside a bound, which takes much
+            longer than the bound.
 
     Returns:
         The guarantee.
@@ -300,7 +303,9 @@ def claim(
         return guarantee_of_run(described, needed)
     if not clipped:
         return _estimated_claim(described, needed, runs, gone)
-    return _bounded_claim(described, needed, runs, gone, engine_facts, delta)
+    return _bounded_claim(
+        described, needed, runs, gone, engine_facts, delta, with_estimate
+    )
 
 
 def _bounded_claim(
@@ -310,8 +315,9 @@ def _bounded_claim(
     gone: NDArray[np.int64],
     engine_facts: EngineFacts,
     delta: float,
+    with_estimate: bool,
 ) -> Guarantee:
-    """Return the worst case of DP-SGD as a bound, and beside it an estimate."""
+    """Return the worst case of DP-SGD as a bound, and beside it maybe an estimate."""
     curve = worst_case_curve(joint_mechanism(runs), len(gone), steps=runs[0].steps)
     accountant = engine_facts.accountant_bound if len(gone) == 1 else None
     pair = None if accountant is None else accountant.at(delta)
@@ -335,7 +341,8 @@ def _bounded_claim(
             _OF_THE_SET, True, "the bound is for sets that are fixed before training"
         ),
     )
-    estimates = _losses(runs, gone, curve.orders) if len(gone) == 1 else ()
+    has_estimate = with_estimate and len(gone) == 1
+    estimates = _losses(runs, gone, curve.orders) if has_estimate else ()
     return guarantee_of_run(
         described,
         assumptions,

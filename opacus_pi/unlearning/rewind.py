@@ -425,7 +425,31 @@ class RecordedTraining:
             forgotten_before: Examples of earlier requests.
             policy: The deletion policy.
         """
-        found = claim(
+        found = self._claim(forget, forgotten_before, policy, with_estimate=False)
+        most = (found.epsilon(policy.delta), found.reverse_epsilon(policy.delta))
+        known = found.kind in ("certified", "certified if")
+        if not known or any(e is None or e > policy.epsilon for e in most):
+            return None
+        found = self._claim(forget, forgotten_before, policy, with_estimate=True)
+        return replace(found, method=f"the trained model, kept {_ALIKE}")
+
+    def _claim(
+        self,
+        forget: NDArray[np.int64],
+        forgotten_before: NDArray[np.int64],
+        policy: DeletionPolicy,
+        *,
+        with_estimate: bool,
+    ) -> Guarantee:
+        """Return what may be claimed if the trained model is kept as it is.
+
+        Args:
+            forget: The examples to forget.
+            forgotten_before: Examples of earlier requests.
+            policy: The deletion policy.
+            with_estimate: Whether to compute the estimate, too, which takes long.
+        """
+        return claim(
             FineTune(),
             self.model,
             self.ledger,
@@ -434,12 +458,8 @@ class RecordedTraining:
             has_weights=self.has_weights,
             engine_facts=self.engine_facts,
             delta=policy.delta,
+            with_estimate=with_estimate,
         )
-        most = (found.epsilon(policy.delta), found.reverse_epsilon(policy.delta))
-        known = found.kind in ("certified", "certified if")
-        if not known or any(e is None or e > policy.epsilon for e in most):
-            return None
-        return replace(found, method=f"the trained model, kept {_ALIKE}")
 
     def rest(
         self,

@@ -15,6 +15,7 @@ from opacus_pi.accounting.filtered_rewind import DeletionPolicy, restart_update
 from opacus_pi.accounting.training_bound import training_epsilon
 from opacus_pi.ledger.custody import Custody, Link
 from opacus_pi.recording import Checkpoints
+from opacus_pi.unlearning import claims
 from tests.integration.rewinding import CRITERION, SIZE, Saved, net, weights
 
 POLICY = DeletionPolicy(2.0, 1e-5)
@@ -184,6 +185,18 @@ def test_a_deletion_that_is_not_free_goes_back_to_where_the_rule_says(private):
     assert not torch.equal(weights(result.model), weights(private.net))
 
 
+def test_a_plan_that_keeps_no_worst_case_computes_no_estimate(private, monkeypatch):
+    """The estimate takes most of the time of a claim, and only a kept one shows it."""
+
+    def refused(*arguments):
+        pytest.fail("an estimate was computed that nothing shows")
+
+    monkeypatch.setattr(claims, "_losses", refused)
+    example, start = by_budget(private, "not free")
+    options = {"checkpoints": private.states, "deletion_policy": POLICY}
+    assert private.unlearner().plan_rewind([example], **options).start == start
+
+
 def test_a_policy_above_the_worst_case_makes_every_deletion_free(tmp_path):
     """However often it was clipped; a set counts with the bound of its size."""
     policy = DeletionPolicy(3.0, 1e-5)
@@ -200,6 +213,7 @@ def test_a_policy_above_the_worst_case_makes_every_deletion_free(tmp_path):
     options = {"checkpoints": saved.states, "deletion_policy": policy}
     plan = unlearner.plan_rewind([one], **options)
     assert plan.is_free and plan.guarantee.kind == "certified if"
+    assert any(map(math.isfinite, plan.guarantee.estimates))
     found = plan.guarantee.epsilon(policy.delta)
     assert found == pytest.approx(saved.engine.get_epsilon(policy.delta), rel=1e-9)
     assert plan.guarantee.reverse_epsilon(policy.delta) <= policy.epsilon
