@@ -412,7 +412,9 @@ class Recorder(RecorderOptions):
             self.checkpoints.begin_update()
 
     def count_participations(self, indices: NDArray[np.int64]) -> None:
-        """Count examples that were in the last update, if their norms are not reported.
+        """Count examples that are in the next update, if their norms are not reported.
+
+        Call it before ``step``, which may close the row that they belong to.
 
         Args:
             indices: int64 ``(b,)``, positions in the data set.
@@ -421,10 +423,10 @@ class Recorder(RecorderOptions):
         if run.participations is not None:
             run.participations.add(indices)
         if self.checkpoints is not None:
-            steps = np.full(len(indices), run.num_steps, dtype=np.int64)
+            steps = np.full(len(indices), run.num_steps + 1, dtype=np.int64)
             self.checkpoints.add(indices, None, steps)
 
-    def note_unattributed(self, count: int = 1, *, is_counted: bool = False) -> None:
+    def note_unattributed(self, count: int = 1) -> None:
         """Record that the next update contains unattributed samples.
 
         Any example may be among them: under fixed sampling each one may have been in
@@ -433,13 +435,11 @@ class Recorder(RecorderOptions):
 
         Args:
             count: How many samples.
-            is_counted: Whether the update has been counted already.
         """
         run = self._begun()
         run.note_unattributed()
         if self.checkpoints is not None:
-            step = run.num_steps + (not is_counted)
-            self.checkpoints.add_unattributed(step, count)
+            self.checkpoints.add_unattributed(run.num_steps + 1, count)
 
     def step(
         self,

@@ -393,21 +393,24 @@ def _add_hooks(
             finding.tell(chain, "model")
         # With noise, an update of several batches was refused by the noise hook.
         num_batches = count_batches() if noise is None else 1
+        batches = tracker.end_update()
+        known = count_batches.examples_of(batches)
+        is_known = 0 < len(batches) == len(known)
+        together = np.concatenate([np.empty(0, np.int64), *known])
+        examples, counts = np.unique(together[together >= 0], return_counts=True)
+        # before the step, which may close the row that they belong to
+        recorder.count_participations(examples)
+        if not is_known:
+            recorder.note_unattributed()
         recorder.step(
             noise_std=noise_std * scheme.mean_batch_size,  # on the sum of gradients
             max_grad_norm=math.inf,  # nothing is clipped
             sample_rate=min(1.0, num_batches * scheme.sample_rate),
         )
-        batches = tracker.end_update()
         draws.update_was_made(batches)
         earlier.update_was_made(held_by(optimizer))
-        known = count_batches.examples_of(batches)
-        if len(known) < len(batches) or not batches:
-            recorder.note_unattributed(is_counted=True)
+        if not is_known:
             chain.leave_unchecked("draw", _UNKNOWN_BATCH, warn=False)
-        together = np.concatenate([np.empty(0, np.int64), *known])
-        examples, counts = np.unique(together[together >= 0], return_counts=True)
-        recorder.count_participations(examples)
         if (counts > 1).any():
             chain.leave_unchecked("rows", _TWICE)
 
