@@ -188,6 +188,24 @@ def test_never_reached_is_said(tmp_path):
     assert facts["unlearning"]["metrics"][0]["time"] == "inf" and "never" in page.text
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "state"),
+    [(30, "after update 10"), (0, "none: the trained model was kept")],
+)
+def test_a_rewind_is_described_in_words(tmp_path, num_steps, state):
+    result = make_result()
+    record = {"forget_indices": [3, 17], "forgotten_before": [], "start": 10}
+    record |= {"method": "exact rewind", "num_steps": num_steps, "requests": ["r-1"]}
+    trace = UnlearningTrace([0, 15], {"forget_loss": [0.6, 0.1]})
+    result = replace(result, record=record, trace=trace)
+    path, oracle = tmp_path / "report.html", {"forget_loss": [0.12, 0.1]}
+    write_report(path, ledger=make_ledger(), result=result, oracle=oracle)
+    words = Page(path.read_text()).text
+    assert f"went back to the state {state} updates made again {num_steps}" in words
+    assert "requests r-1" in words and "retrained near" in words
+    assert "0.10 0.11 ± 0.014 yes" in words and "epochs until near" not in words
+
+
 def test_a_ranking_has_no_epsilon(tmp_path):
     ledger = make_ledger().with_noise_std(2.0)
     page, facts = read(tmp_path / "r.html", ledger=ledger)

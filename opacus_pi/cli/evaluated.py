@@ -17,6 +17,18 @@ from opacus_pi.cli.errors import BadInput
 from opacus_pi.ledger.same_data import same_data_set
 from opacus_pi.models.weights_name import weights_name
 
+# Metrics of ``evaluation.summarise`` whose examples are the forget set.
+_OF_FORGET_SET = (
+    *("unlearning_accuracy", "forget_loss", "forget_confidence"),
+    "membership_inference",
+)
+_OTHER_SET = (
+    "The retrained models were evaluated on {evaluated} examples to forget, and the "
+    "metrics of this run before and after it were computed on the {asked} examples of "
+    "its own request. So retrained models are shown only for metrics that do not "
+    "depend on the forget set. {path} compares the model with the retrained ones on "
+    "the {evaluated} examples."
+)
 _UNCHECKED = (
     "Whether the evaluation is of this unlearning run is not known, because an earlier "
     "release wrote {0}. Compare model and forget set yourself."
@@ -90,3 +102,40 @@ def require_of_run(
             "RUN_DIR/weights.safetensors and the forget set of the run."
         )
     return ()
+
+
+def of_same_set(
+    evaluation: Mapping[str, Any],
+    record: Mapping[str, Any],
+    oracle: Mapping[str, Any] | None,
+    path: Any,
+) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """Return the metrics of retrained models that can stand beside those of a run.
+
+    The metrics of a run are computed on the examples of its own request. An evaluation
+    may be of all requests until then, which are more examples.
+
+    Args:
+        evaluation: What ``evaluate`` wrote, about this run.
+        record: Of the unlearning run.
+        oracle: The metrics of retrained models in the evaluation, or None.
+        path: The evaluation's file, for the sentence.
+
+    Returns:
+        The metrics, without those of another forget set, and a sentence if there were
+        such metrics.
+    """
+    if oracle is None:
+        return None, ()
+    asked = record["forget_indices"]
+    evaluated = evaluation.get("num_forget", len(asked))
+    subject = evaluation.get("subject")
+    is_same = evaluated == len(asked)
+    if isinstance(subject, dict):
+        is_same = subject.get("forget_set") == name_of_set(asked)
+    if is_same:
+        return dict(oracle), ()
+    kept = {name: x for name, x in oracle.items() if name not in _OF_FORGET_SET}
+    return kept, (
+        _OTHER_SET.format(evaluated=evaluated, asked=len(asked), path=path),
+    )

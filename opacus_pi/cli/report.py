@@ -13,7 +13,7 @@ from typing import Any
 
 from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.evaluate import FORMAT
-from opacus_pi.cli.evaluated import require_of_run
+from opacus_pi.cli.evaluated import of_same_set, require_of_run
 from opacus_pi.cli.inputs import load_ledgers
 from opacus_pi.cli.output import answer
 from opacus_pi.cli.run_files import EVALUATION, SavedRun, load_run, read_json
@@ -76,8 +76,9 @@ def _evaluation(
         result: The unlearning run, if one was named.
 
     Returns:
-        The metrics of retrained models and the barriers to them, each or None, and
-        sentences for the page.
+        The metrics of retrained models, as far as they are of the same forget set as
+        those of the run, and the barriers to them, each or None, and sentences for the
+        page.
 
     Raises:
         BadInput: As ``_read_evaluation``, or if the evaluation was edited or is of
@@ -89,14 +90,9 @@ def _evaluation(
     found = read_json(f"--evaluation {path}", path)
     oracle, barriers = _read_evaluation(path, found)
     unchecked = _require_unedited(path, found)
-    return (
-        oracle,
-        barriers,
-        (
-            *unchecked,
-            *require_of_run(found, result.record, path),
-        ),
-    )
+    unchecked += require_of_run(found, result.record, path)
+    oracle, left_out = of_same_set(found, result.record, oracle, path)
+    return oracle, barriers, (*unchecked, *left_out)
 
 
 def _require_unedited(path: str | Path, found: dict[str, Any]) -> tuple[str, ...]:

@@ -25,6 +25,19 @@ from opacus_pi.report.scores import (
 )
 
 Facts = Mapping[str, Any]
+_REWINDS = ("exact rewind", "filtered rewind")
+# Names of settings in a record that are no words for a reader.
+_LABELS = {
+    "started": "started at (UTC)",
+    "start": "went back to the state",
+    "num_steps": "updates of this run",
+    "num_epochs": "epochs of this run",
+    "seconds": "duration in seconds",
+    "policy": "deletion policy",
+    "num_examples": "examples passed through training",
+    "num_evaluated": "examples evaluated",
+}
+_AGAIN = {"num_steps": "updates made again"}
 
 
 def render(
@@ -226,7 +239,8 @@ def _run_rows(run: Facts) -> dict[str, Any]:
 
     Returns:
         The arguments of the template: ``forgotten`` and ``settings``, values by name;
-        ``metrics`` and ``barriers``, lists of rows.
+        ``goes_back``, whether it was a rewind; ``metrics`` and ``barriers``, lists of
+        rows.
     """
     forget = run["forget_set"]
     forgotten = {
@@ -237,28 +251,46 @@ def _run_rows(run: Facts) -> dict[str, Any]:
     if "mean_loss" in forget:
         forgotten["mean loss of the forget set"] = forget["mean_loss"]
         forgotten["its percentile among all examples"] = f"{forget['percentile']:.1f}"
-    settings = {
-        name.replace("_", " "): _setting(value)
-        for name, value in run["settings"].items()
-        if value is not None
-    }
+    goes_back = run["method"] in _REWINDS
     return {
         "forgotten": forgotten,
-        "settings": settings,
-        "metrics": [_metric_row(metric) for metric in run["metrics"]],
+        "settings": _labelled(run["settings"], goes_back),
+        "goes_back": goes_back,
+        "metrics": [_metric_row(metric, goes_back) for metric in run["metrics"]],
         "barriers": _barrier_rows(run["barriers"]) if run["barriers"] else [],
     }
 
 
-def _metric_row(metric: Facts) -> dict[str, Any]:
+def _labelled(settings: Facts, goes_back: bool) -> dict[str, Any]:
+    """Return the settings of a run with names and values for a reader.
+
+    Args:
+        settings: The entries of its record; None is left out.
+        goes_back: Whether the run was a rewind.
+    """
+    labels = {**_LABELS, **(_AGAIN if goes_back else {})}
+    shown = {name: _setting(x) for name, x in settings.items() if x is not None}
+    if goes_back and "start" in shown:
+        kept = shown.get("num_steps") == 0
+        after = f"after update {shown['start']}"
+        shown["start"] = "none: the trained model was kept" if kept else after
+    return {labels.get(n, n.replace("_", " ")): value for n, value in shown.items()}
+
+
+def _metric_row(metric: Facts, goes_back: bool) -> dict[str, Any]:
     """Return the row of one metric: before, after, and of retrained models if any.
 
     Args:
         metric: An entry of ``metrics`` in the facts. ``oracle_std`` is missing or None
             unless there are at least two retrained models.
+        goes_back: Whether the run was a rewind. It has no metrics between its start and
+            its end, so the last column says only whether it ended near.
     """
     mean, deviation = metric.get("oracle_mean"), metric.get("oracle_std")
     time = metric.get("time")
+    if goes_back and mean is not None:
+        is_near = abs(float(metric["after"]) - float(mean)) <= TOLERANCE
+        time = "yes" if is_near else "no"
     return {
         "name": metric["name"].replace("_", " "),
         "before": metric["before"],
@@ -288,13 +320,17 @@ def _barrier_rows(barriers: Facts) -> list[dict[str, Any]]:
 
 
 def _setting(value: Any) -> Any:
-    """Return a setting as one line; an optimizer's setting is itself a mapping.
+    """Return a setting as one line, also if it is a mapping or a list.
 
     Entries that are 0 or False are left out: an optimizer has many that are not used.
 
     >>> _setting({"name": "SGD", "lr": 0.01, "nesterov": False})
     'SGD, lr 0.01'
+    >>> _setting(["2026-001", "2026-002"])
+    '2026-001, 2026-002'
     """
+    if isinstance(value, list):
+        return ", ".join(str(entry) for entry in value)
     if isinstance(value, Mapping):
         shown = [(name, entry) for name, entry in value.items() if entry]
         return ", ".join(

@@ -54,7 +54,7 @@ def write_report(
             lists these sentences about files that may not belong together. None: the
             report covers the training alone.
         oracle: For each metric, its values over models that were retrained without
-            the forget set.
+            the forget set, computed on the same examples as those of the result.
         barriers: Loss barriers to those models.
         order: Rényi order of the losses, above 1.
         delta: δ of every ε, in (0, 1).

@@ -155,6 +155,36 @@ def test_the_evaluation_of_another_run(run, done, tmp_path, weights, forget, mes
     assert not (tmp_path / "r.html").exists()
 
 
+def test_retrained_models_of_all_requests_beside_one_request(
+    run, answer, project, tmp_path
+):
+    for name, forget in (("a", "3,17"), ("b", "5,6,7")):
+        words = ("unlearn", *MODEL, *DATA, "--forget", forget, "--epochs", "1")
+        log = ("--log", tmp_path / "deletions.db", "--request-id", name)
+        assert run(*words, *log, "--out", tmp_path / name)[0] == 0
+    weights = ("--weights", tmp_path / "b" / "weights.safetensors")
+    words = ("evaluate", "--model", "cli_project:build", *weights, *DATA)
+    out = ("--oracle", "retrained.pt", "--out", tmp_path / "b" / "evaluation.json")
+    assert run(*words, "--forget", "3,5,6,7,17", *out)[0] == 0
+    page = tmp_path / "r.html"
+    found = answer("report", tmp_path / "b", *LEDGER, "--out", page)
+    unlearning = found["report"]["unlearning"]
+    beside = {m["name"] for m in unlearning["metrics"] if "oracle_mean" in m}
+    assert beside == {"retain_accuracy", "test_accuracy", "attacker_accuracy"}
+    (sentence,) = unlearning["not_checked"]
+    assert "evaluated on 5 examples" in sentence and "on the 3 examples" in sentence
+    assert sentence in page.read_text()
+    facts = json.loads((tmp_path / "b" / "evaluation.json").read_text())
+    for without in ("subject", "num_forget"):  # a file of an earlier release
+        facts.pop("checksum", None)
+        del facts[without]
+        (tmp_path / "old.json").write_text(json.dumps(facts))
+        old = ("--evaluation", tmp_path / "old.json", "--out", page)
+        found = answer("report", tmp_path / "b", *LEDGER, *old)["report"]["unlearning"]
+        shown = any("evaluated on 5" in one for one in found["not_checked"])
+        assert shown == (without == "subject")
+
+
 @pytest.mark.parametrize(
     "name",
     [
