@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from opacus_pi._types import ArrayLike
+from opacus_pi.accounting import fingerprint
 from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.evaluated import subject_of
 from opacus_pi.cli.inputs import (
@@ -25,6 +26,7 @@ from opacus_pi.cli.inputs import (
     import_data_set,
     load_model,
     read_forget_set,
+    require_owners_of,
 )
 from opacus_pi.cli.output import answer, cell, table
 from opacus_pi.cli.sets import Sets, make_sets, require_unseen
@@ -62,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
     train_set = import_data_set("--data", options.train_set)
     test_set = import_data_set("--test", options.test_set)
     require_unseen(train_set, test_set)
+    require_owners_of(options, lambda: fingerprint(train_set))
     forget = read_forget_set(options)
     criterion = import_criterion(options)
     sets = make_sets(train_set, test_set, forget, criterion, options.seed)

@@ -136,6 +136,4 @@ def of_same_set(
     if is_same:
         return dict(oracle), ()
     kept = {name: x for name, x in oracle.items() if name not in _OF_FORGET_SET}
-    return kept, (
-        _OTHER_SET.format(evaluated=evaluated, asked=len(asked), path=path),
-    )
+    return kept, (_OTHER_SET.format(evaluated=evaluated, asked=len(asked), path=path),)

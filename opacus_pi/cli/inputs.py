@@ -11,7 +11,7 @@ import copy
 import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -28,7 +28,9 @@ from opacus_pi.files.torch_file import read_torch_file
 from opacus_pi.files.weights_file import read_plain_weights
 from opacus_pi.integration.checkpoints import ledger_in_checkpoint
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
+from opacus_pi.ledger.same_data import difference
 
+OWNERS_OF = "data_set"  # in a file of persons: the fingerprint of its data set
 _LEDGER_REMEDY = (
     "Write one with engine.ledger.save(path), or name a checkpoint of "
     "engine.save_checkpoint."
@@ -242,7 +244,50 @@ def read_owners(path: str) -> dict[str, list[int]]:
     """Read which examples belong to which person.
 
     Args:
-        path: A JSON file: an object from each person's id to a list of positions.
+        path: A JSON file: an object from each person's id to a list of positions. It
+            may name its data set (``require_owners_of``).
+
+    Raises:
+        BadInput: If the file cannot be read or holds anything else.
+    """
+    return _owners_in(path)[0]
+
+
+def require_owners_of(
+    options: argparse.Namespace, data_set: Callable[[], str | None]
+) -> None:
+    """Refuse a file of persons that was made for another data set.
+
+    The file is compared only if it names its data set: beside the lists of positions it
+    may have the entry ``"data_set"`` with what ``fingerprint`` returns.
+
+    Args:
+        options: With ``owners``, the path of the file, or None.
+        data_set: Returns the fingerprint of the data set in which positions are meant;
+            None if it is not known. Called only if the file names a data set.
+
+    Raises:
+        BadInput: If the two differ, or the file cannot be read.
+    """
+    named = None if options.owners is None else _owners_in(options.owners)[1]
+    at_hand = None if named is None else data_set()
+    if named is None or at_hand is None:
+        return
+    if differs := difference(named, at_hand):
+        raise BadInput(
+            f"--owners: {options.owners} was made for another data set, which differs "
+            f"from this one in {differs}. Its positions may be those of other "
+            "persons. Use the file that was made for this data set, or make it again."
+        )
+
+
+def _owners_in(path: str) -> tuple[dict[str, list[int]], str | None]:
+    """Return the positions by person in a file, and the data set that it names.
+
+    A person may have the id ``data_set``: a person has a list, a data set a text.
+
+    Args:
+        path: The JSON file.
 
     Raises:
         BadInput: If the file cannot be read or holds anything else.
@@ -256,9 +301,13 @@ def read_owners(path: str) -> dict[str, list[int]]:
         pairs = json.loads(content, object_pairs_hook=tuple)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"--owners: {path} is not JSON. {remedy}") from error
-    if not content.lstrip().startswith("{") or not all(
+    is_object = content.lstrip().startswith("{")
+    named = dict(pairs).get(OWNERS_OF) if is_object else None
+    data_set = named if isinstance(named, str) else None
+    if not is_object or not all(
         isinstance(positions, list) and all(type(x) is int for x in positions)
-        for _, positions in pairs
+        for person, positions in pairs
+        if data_set is None or person != OWNERS_OF
     ):
         raise BadInput(
             f"--owners: {path} does not map persons to lists of whole numbers. {remedy}"
@@ -268,7 +317,10 @@ def read_owners(path: str) -> dict[str, list[int]]:
             f"--owners: {path} lists a person twice. Put all positions of a person "
             "into one list."
         )
-    return dict(pairs)
+    owners = dict(pairs)
+    if data_set is not None:
+        del owners[OWNERS_OF]
+    return owners, data_set
 
 
 def _examples_of(

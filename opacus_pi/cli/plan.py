@@ -23,6 +23,7 @@ from opacus_pi.cli.inputs import (
     load_ledgers,
     read_forget_set,
     read_indices,
+    require_owners_of,
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
         )
     going_back = rewind_options(options)
     runs = load_ledgers(options.ledger, options.noise_std)
+    require_owners_of(options, lambda: runs[0].data_set)
     before = _requested_before(options.log, runs[0])
     plan = make_plan(
         runs,

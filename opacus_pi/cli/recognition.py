@@ -28,6 +28,7 @@ from typing import Any
 
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.cli.errors import one_line
+from opacus_pi.cli.inputs import OWNERS_OF
 from opacus_pi.files.arrays_file import named_kind
 from opacus_pi.files.checksummed_json import has_checksum, require_unedited
 from opacus_pi.files.checksummed_state import verified_state
@@ -61,11 +62,17 @@ EXPORT = LOG_EXPORT.words
 CHECKPOINT = "ledger in a checkpoint"
 _RECORD = "the record of an unlearning run"
 _PAGE = "a report's page"
+_OWNERS = "positions by person, as --owners takes them"
+_OF_OWNERS = (
+    "it has no checksum, because you made it. --owners refuses positions that the data "
+    "set does not have. It also refuses another data set, if the file has an entry "
+    "{0!r} with the fingerprint of the right one: this file has {1}"
+)
 _EMPTY, _PIPE, _TEXT, _JSON = "an empty file", "a pipe or a device", "a text", "JSON"
 # What a command may write over: answers, reports, and what people write by hand.
 _REPLACEABLE = {
     *(ANSWER.words, REPORT.words, _PAGE, "a page"),
-    *(_EMPTY, _PIPE, _TEXT, _JSON),
+    *(_EMPTY, _PIPE, _TEXT, _JSON, _OWNERS),
 }
 _TRACE = (TRACE.name.encode(), b'"unit": "epochs", "cost"')
 # In the header of a safetensors file of opacus_pi: a kind, or a checksum.
@@ -361,4 +368,20 @@ def _json(path: Path, content: Any) -> Recognised:
         return Recognised(kind.words, check_of_answer, ours=True)
     if isinstance(content, dict) and {"method", "forget_indices"} <= set(content):
         return Recognised(_RECORD, _check_of_json(path, content), ours=True)
+    if isinstance(content, dict) and _are_positions(content):
+        has = "one" if isinstance(content.get(OWNERS_OF), str) else "none"
+        reason = _OF_OWNERS.format(OWNERS_OF, has)
+        return Recognised(_OWNERS, reason=reason)
     return Recognised(_JSON)
+
+
+def _are_positions(content: dict[str, Any]) -> bool:
+    """Return whether JSON lists positions by person, and nothing else but a data set.
+
+    Args:
+        content: A JSON object.
+    """
+    lists = [v for k, v in content.items() if k != OWNERS_OF or not isinstance(v, str)]
+    return bool(lists) and all(
+        isinstance(one, list) and all(type(x) is int for x in one) for one in lists
+    )

@@ -41,6 +41,7 @@ from opacus_pi.cli.inputs import (
     read_forget_set,
     read_ledgers,
     read_owned,
+    require_owners_of,
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer, table
@@ -78,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
     train_set = import_data_set("--data", options.train_set)
     test_set = _test_set(options, train_set)
     owned = read_owned(options)
+    require_owners_of(options, lambda: fingerprint(train_set))
     forget = read_forget_set(options, owned)
     if options.log:
         _require_loggable([*owned], options.request_id)

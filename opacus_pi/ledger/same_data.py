@@ -51,6 +51,19 @@ _NOTED = {
     _SETTINGS: "settings of the data set",
 }
 
+# One changed example changes the hash of its part, so a difference says no more.
+_DIFFERENCES = {
+    "x": "the input of at least one of some evenly spaced examples",
+    "e": "the input of at least one example",
+    "s": "the input of at least one of some evenly spaced examples",
+    "y": "a number, such as a label, of at least one example",
+    "p": "the name of the file, or the text, of at least one example",
+    "f": "the size, the beginning or the end of the file of at least one example",
+    "w": "the content of the file of at least one example",
+    "v": "a part of the file of at least one example",
+    "g": "the size, beginning or end of at least one of some evenly spaced files",
+}
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -88,7 +101,7 @@ def difference(one: str, other: str) -> str:
     found = [] if base == other_base else [_difference_of_bases(base, other_base)]
     for letter, words in _PARTS.items():
         if letter in parts and letter in others and parts[letter] != others[letter]:
-            found.append(words)
+            found.append(_DIFFERENCES.get(letter, words))
     return "; ".join(found)
 
 

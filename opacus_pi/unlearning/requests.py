@@ -13,8 +13,9 @@ older one in its place; both are noticed and refused.
 import errno
 import fcntl
 import itertools
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -25,9 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, require
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
+from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.ledger.same_data import same_data_set
 from opacus_pi.models.batches import size_of
@@ -56,6 +59,7 @@ _LISTS_OF_EXAMPLES = {
     "forget_indices": "num_forget",
     "forgotten_before": "num_forgotten_before",
 }
+_DELTA = 1e-5  # at which the log states ε if the guarantee names no δ
 _NUM_FIRST = 8  # entries whose number of examples is looked at before one is added
 _MAX_DIGITS = 1000  # of a whole number as a name
 _HEX = set("0123456789abcdef")
@@ -103,7 +107,7 @@ class Requests:
         }
 
 
-class DeletionRequests:
+class DeletionRequests(Shown):
     """The requests about one model: a deletion log, and the weights that honour it.
 
     A user's name is stored as a keyed hash. The key is ``key``, or is read from the
@@ -147,6 +151,22 @@ class DeletionRequests:
         self._names = UserNames(self.log.path, key, store_names)
         if data_set is not None:
             self._requests()  # refuses the log of another data set
+
+    def _shown(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {"num_examples": self.num_examples}
+        if isinstance(self.rows_of, Sized):
+            facts["num_users"] = len(self.rows_of)
+        try:
+            found = self._requests()
+        except (OSError, ValueError):  # what is shown must not fail
+            return {**facts, "log": "cannot be read, call verify"}
+        return {
+            **facts,
+            "num_requests": len(found.submitted),
+            "num_pending": len(found.pending),
+            "num_done": len(found.done),
+            "num_redacted": [*found.submitted.values()].count(None),
+        }
 
     def submit(
         self,
@@ -528,7 +548,28 @@ def _run_facts(result: UnlearningResult) -> dict[str, Any]:
     return {
         "run": without_indices(result.record),
         "guarantee": result.guarantee.kind,
+        **_bound(result.guarantee),
     }
+
+
+def _bound(guarantee: Guarantee) -> dict[str, float]:
+    """Return ε and δ of a guarantee, for the log; nothing unless it is a bound.
+
+    An estimate depends on the forgotten examples, and a log is shown to others.
+
+    Args:
+        guarantee: What may be claimed after a run.
+    """
+    if not guarantee.kind.startswith("certified"):
+        return {}
+    deltas = [pair.delta for pair in guarantee.statements if pair.delta > 0]
+    delta = min(deltas, default=_DELTA)
+    found = {
+        "epsilon": guarantee.epsilon(delta),
+        "reverse_epsilon": guarantee.reverse_epsilon(delta),
+    }
+    known = {name: value for name, value in found.items() if math.isfinite(value)}
+    return {**known, "delta": delta} if known else {}
 
 
 def without_indices(record: Mapping[str, Any]) -> dict[str, Any]:

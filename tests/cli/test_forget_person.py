@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from opacus_pi.ledger import fingerprint
 from opacus_pi.unlearning.deletion_log import read_entries
 from opacus_pi.unlearning.requests import DeletionRequests
 from tests.cli.conftest import DATA, MODEL
@@ -112,6 +113,8 @@ def test_errors_write_nothing(run, owners, tmp_path, command, words, message):
         ("[3, 17]", "does not map persons to lists of whole numbers"),
         ('[["p03", [3]]]', "does not map persons"),
         ('{"p03": 3}', "does not map persons"),
+        ('{"p03": "Faces:120"}', "does not map persons"),
+        ('{"data_set": "a", "data_set": "b", "p03": [3]}', "lists a person twice"),
         ('{"p03": [true]}', "does not map persons"),
         ('{"p03": [3.0]}', "does not map persons"),
         ('{"p03": {"3": 4}}', "does not map persons"),
@@ -125,6 +128,41 @@ def test_bad_files(run, owners, content, message):
     owners.write_bytes(content if isinstance(content, bytes) else content.encode())
     code, out, err = run(*PLAN, *PERSON, "--owners", owners)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+SCORE = ("score", "ledger.safetensors")
+
+
+@pytest.mark.parametrize("command", [PLAN, EVALUATE, UNLEARN, SCORE])
+def test_a_file_of_another_data_set_is_refused(run, owners, tmp_path, command):
+    import cli_project
+
+    name = fingerprint(cli_project.train_set())
+    person = () if command is SCORE else PERSON
+    words = (*command, *person, "--owners", owners)
+    out = iter(range(3))
+
+    def tried(data_set):
+        persons = {k: v for k, v in OWNERS.items() if k != "out"}
+        owners.write_text(json.dumps({**persons, "data_set": data_set}))
+        more = ("--out", tmp_path / f"run{next(out)}") if command is UNLEARN else ()
+        return run(*words, *more)
+
+    assert tried(name)[0] == 0
+    code, said, err = tried(fingerprint(cli_project.other_set()))
+    assert code == 2 and said == "" and err.count("\n") == 1
+    assert "was made for another data set, which differs from this one in labels" in err
+    assert tried([5])[0] == 0  # a person with this id
+
+
+def test_what_is_checked_of_the_file_is_said(run, owners):
+    code, out, _ = run("verify", owners)
+    assert code == 3 and "positions by person, as --owners takes them" in out
+    assert "this file has none" in out
+    owners.write_text(json.dumps({**OWNERS, "data_set": "Faces:120"}))
+    assert "this file has one" in run("verify", owners)[1]
+    owners.write_text("{}")
+    assert "is JSON: it is not an opacus_pi file" in run("verify", owners)[1]
 
 
 @pytest.mark.parametrize(

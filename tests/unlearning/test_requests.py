@@ -694,6 +694,20 @@ def test_only_the_requests_in_a_log_name_examples(tmp_path):
     assert (run["num_forget"], run["num_forgotten_before"]) == (5, 0)
     assert not {"forget_indices", "forgotten_before", "requests"} & run.keys()
     assert done.payload["requests"] == [0, 1, 2]
+    assert not {"epsilon", "reverse_epsilon", "delta"} & done.payload.keys()  # no bound
+
+
+def test_what_it_shows_names_nobody(tmp_path):
+    mine = submitted(tmp_path)
+    mine.process(unlearner(), data(), num_epochs=0)
+    mine.submit("d", indices=[0])
+    mine.redact("a")
+    assert repr(mine) == (
+        "DeletionRequests(num_examples=20, num_users=2, num_requests=4, num_pending=1, "
+        "num_done=3, num_redacted=1)"
+    )
+    mine.log.path.write_bytes(b"damaged")
+    assert "cannot be read" in repr(mine)
 
 
 def test_files_are_the_owners_alone(tmp_path):

@@ -48,6 +48,10 @@ def test_each_request_goes_back_for_all_sets_so_far(tmp_path, saved, policy):
     done = [e.payload for e in mine.log.entries() if e.kind == "done"]
     assert [d["run"]["start"] for d in done] == [r.record["start"] for r in results]
     assert all("forget_indices" not in d["run"] for d in done)
+    epsilon = 0.0 if policy is None else policy.epsilon
+    for entry in done:
+        assert entry["epsilon"] <= epsilon and entry["reverse_epsilon"] <= epsilon
+        assert entry["delta"] == 1e-5
     verify(mine.log.path)
 
 
