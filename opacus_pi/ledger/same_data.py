@@ -53,15 +53,15 @@ _NOTED = {
 
 # One changed example changes the hash of its part, so a difference says no more.
 _DIFFERENCES = {
-    "x": "the input of at least one of some evenly spaced examples",
-    "e": "the input of at least one example",
-    "s": "the input of at least one of some evenly spaced examples",
-    "y": "a number, such as a label, of at least one example",
-    "p": "the name of the file, or the text, of at least one example",
-    "f": "the size, the beginning or the end of the file of at least one example",
-    "w": "the content of the file of at least one example",
-    "v": "a part of the file of at least one example",
-    "g": "the size, beginning or end of at least one of some evenly spaced files",
+    "x": "at least one of some evenly spaced inputs",
+    "e": "at least one input",
+    "s": "at least one of some evenly spaced inputs",
+    "y": "at least one number of an example, such as a label",
+    "p": "at least one file name or text",
+    "f": "the size, start or end of at least one file",
+    "w": "the content of at least one file",
+    "v": "a part of at least one file",
+    "g": "the size, start or end of at least one of some evenly spaced files",
 }
 
 
