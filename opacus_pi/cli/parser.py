@@ -307,7 +307,7 @@ CRITERION = option(
 SEED = option(
     "--seed",
     "N",
-    "seed of all noise, to be kept secret (default: the operating system chooses one)",
+    "seed of all noise; keep it secret (default: random)",
     int,
 )
 METHOD = option(
