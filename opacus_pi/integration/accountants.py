@@ -45,7 +45,13 @@ from opacus_pi.integration.clip_norms import clip_norm_of
 from opacus_pi.integration.missing_values import number_in
 from opacus_pi.recording import Recorder
 
-__all__ = ["AccountantBound", "PerInstanceAccountant", "bound_of", "charges_less"]
+__all__ = [
+    "AccountantBound",
+    "PerInstanceAccountant",
+    "bound_of",
+    "charges_less",
+    "gives_bound",
+]
 
 _RECORD = "per_instance_record"
 _ALIKE = 1e-6  # relative difference of numbers that count as equal
@@ -130,6 +136,16 @@ def bound_of(accountant: IAccountant, mechanism: NoisySGD) -> AccountantBound | 
     ):
         return None
     return AccountantBound(copy.deepcopy(accountant))
+
+
+def gives_bound(accountant: IAccountant) -> bool:
+    """Return whether the ε of an accountant is known to hold for every example.
+
+    Args:
+        accountant: Any accountant. Opacus's ``"gdp"`` uses a limit theorem, so its ε
+            may be too small, and what a user's own class computes is not known.
+    """
+    return isinstance(accountant, RDPAccountant | PRVAccountant)
 
 
 def charges_less(accountant: IAccountant | None, settings: Mapping[str, Any]) -> bool:

@@ -35,6 +35,11 @@ from torch.distributed.fsdp import FSDPModule
 from opacus_pi._class_swap import swap_class
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.integration.accountants import noise_std_of
+from opacus_pi.integration.chosen_settings import (
+    NOISE_AND_CLIPPING,
+    SET_BY_LOOP,
+    is_chosen_by_loop,
+)
 from opacus_pi.integration.clip_norms import clip_norm_of
 from opacus_pi.integration.derived import own_scaling, shadowed_method
 from opacus_pi.integration.divisors import Divisor
@@ -180,6 +185,15 @@ class _ReportingOptimizer(DPOptimizer):
         cannot be used, and its failure leaves the class without a working ``step``.
         """
         raise TypeError(_NOT_COPIED.format(name=type(self).__name__))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, and say so if the loop chooses noise or clipping by it."""
+        if name in NOISE_AND_CLIPPING and "_pi_update" in vars(self):
+            has_begun = self._pi_update.tracker.latest is not None
+            if has_begun and is_chosen_by_loop(getattr(self, name, None), value):
+                text = SET_BY_LOOP.format(name=name)
+                self._pi_update.chain.leave_unchecked(NOISE_AND_CLIPPING[name], text)
+        super().__setattr__(name, value)
 
     def add_noise(self) -> None:
         """Add noise as Opacus does, and report it.

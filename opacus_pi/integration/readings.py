@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from opacus.accountants import IAccountant
+from opacus.accountants import GaussianAccountant, IAccountant
 from torch import nn
 
 from opacus_pi import accounting
@@ -26,7 +26,12 @@ from opacus_pi._errors import AccountingError
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.attribution import Tracker
 from opacus_pi.difficulty.forget_sets import num_at_top
-from opacus_pi.integration.accountants import AccountantBound, bound_of, num_steps_of
+from opacus_pi.integration.accountants import (
+    AccountantBound,
+    bound_of,
+    gives_bound,
+    num_steps_of,
+)
 from opacus_pi.integration.checks import RunChecks
 from opacus_pi.integration.runs import CurrentRun
 from opacus_pi.recording import Recorder
@@ -66,6 +71,11 @@ _NONE_COUNTED = (
     "optimizer.step_hook(optimizer) after add_noise. If attach_step_hook has replaced "
     "the accountant's hook, attach one function that calls both. "
     "engine.epsilons(delta) covers the recorded updates."
+)
+_APPROXIMATE = (
+    "get_epsilon returns the number of Opacus's GDP accountant. It comes from a limit "
+    "theorem, so it is an approximation, may be too small and limits no other number. "
+    'For a bound, use PrivacyEngine(accountant="rdp") or "prv".'
 )
 _BROKEN = (
     "get_epsilon returns Opacus's number, but it cannot be taken as a bound for this "
@@ -194,7 +204,8 @@ class Readings:
         """Limit epsilons by the accountant's, where that holds for every example."""
         counts_all = num_steps_of(self.accountant) == mechanism.num_steps
         charges_all = not self.recorder.is_charged_too_little
-        if mechanism.sampling == "poisson" and counts_all and charges_all:
+        holds = mechanism.sampling == "poisson" and gives_bound(self.accountant)
+        if holds and counts_all and charges_all:
             # not the engine's get_epsilon, which a derived class may define otherwise
             worst = float(self.accountant.get_epsilon(delta))
             values = np.minimum(values, max(0.0, worst))
@@ -253,6 +264,12 @@ class Readings:
             warnings.warn(text, stacklevel=_USERS_LINE)
         if self.is_private and self.recorder.is_charged_too_little:
             warnings.warn(_CHARGED_TOO_LITTLE, stacklevel=_USERS_LINE)
+        if (
+            self.is_private
+            and num_made
+            and isinstance(self.accountant, GaussianAccountant)
+        ):
+            warnings.warn(_APPROXIMATE, stacklevel=_USERS_LINE)
         refusal = self.recorder.refusal
         if refusal:
             warnings.warn(_BROKEN.format(refusal), stacklevel=_USERS_LINE)

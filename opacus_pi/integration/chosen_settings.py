@@ -1,0 +1,47 @@
+"""Notice that a training loop chooses the clip norm or the noise between updates.
+
+The ledger records the settings of every update, and the accounting takes them as fixed
+before training. A loop that sets ``optimizer.max_grad_norm`` to the median norm of the
+batch releases that median without noise: with one example more or less, the update may
+be of another size altogether. Opacus's schedulers and its adaptive clipping choose the
+settings in code of Opacus, and are known.
+
+*Guarantee.* Another value that is set after the first batch was delivered, by code that
+is not Opacus's, leaves the link unchecked.
+
+*What breaks it.* A value that was computed from training data and set before the first
+batch, by a scheduler's own function, or past the optimizer's attributes
+(``vars(optimizer)``). Learning rates and the like are not looked at: a guarantee lists
+it as a declaration that no setting depends on the data.
+"""
+
+import sys
+from typing import Any
+
+__all__ = ["NOISE_AND_CLIPPING", "SET_BY_LOOP", "is_chosen_by_loop"]
+
+NOISE_AND_CLIPPING = {"max_grad_norm": "norm", "noise_multiplier": "noise"}
+"""Attributes of an optimizer, and the link that each of them belongs to."""
+SET_BY_LOOP = (
+    "The training loop set optimizer.{name} after the first batch was delivered. That "
+    "is fine if the value was chosen without the training data, for example from the "
+    "number of the update. If it was computed from gradients, losses or examples, it "
+    "depends on who is in the batch, and neither get_epsilon nor the ledger covers "
+    "that. With a scheduler of opacus.schedulers the link stays checked."
+)
+_KNOWN = ("opacus.", "opacus_pi.")
+
+
+def is_chosen_by_loop(before: Any, value: Any) -> bool:
+    """Return whether the caller's caller changes a setting, and is not Opacus's code.
+
+    Args:
+        before: The setting as it is.
+        value: What it is set to.
+    """
+    try:
+        is_same = bool(value == before)
+    except (RuntimeError, ValueError):  # several numbers
+        is_same = False
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return not (is_same or str(caller).startswith(_KNOWN))
