@@ -77,6 +77,11 @@ _DAMAGED = (
 )
 
 
+# What torch says of options that do not fit a file, which is not damaged.
+_OF_OPTIONS = ("map_location", "mmap", "device")
+_LOCATION = "data location"  # of the option, or else of the file
+
+
 class OtherObjects(ValueError):
     """The file is not damaged, but holds objects that only unpickling can load."""
 
@@ -135,7 +140,7 @@ def _read(source: Source, name: Any, remedy: str, options: dict[str, Any]) -> An
             f"({_cause(error)}). {remedy}"
         ) from error
     except (OSError, EOFError, RuntimeError, *_DAMAGED) as error:
-        if not _is_damage(error):
+        if not _is_damage(error, options):
             raise
         what = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise ValueError(
@@ -144,7 +149,7 @@ def _read(source: Source, name: Any, remedy: str, options: dict[str, Any]) -> An
         ) from error
 
 
-def _is_damage(error: Exception) -> bool:
+def _is_damage(error: Exception, options: dict[str, Any]) -> bool:
     """Return whether an error means that a file is damaged.
 
     A file that cannot be opened is another matter, and so is an option that does not
@@ -152,12 +157,15 @@ def _is_damage(error: Exception) -> bool:
 
     Args:
         error: What ``torch.load`` has raised.
+        options: Its options.
     """
     if isinstance(error, OSError):
         return error.errno == errno.EINVAL  # of an archive that was cut
     if isinstance(error, RecursionError) or not isinstance(error, RuntimeError):
         return True
-    return "PytorchStreamReader" in str(error) or "file in archive" in str(error)
+    is_placed = options.get("map_location") is not None
+    words = (*_OF_OPTIONS, _LOCATION) if is_placed else _OF_OPTIONS
+    return not any(word in str(error) for word in words)
 
 
 @contextmanager

@@ -368,7 +368,12 @@ def times_as_large(norms: Tensor, expected: Tensor) -> str:
     Args:
         norms: float64 ``(b,)``.
         expected: The others, ``(b,)``; values below 1e-300 count as 1e-300.
+
+    >>> times_as_large(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 2.0]))
+    '1 to 2 times as large'
     """
+    if not bool(torch.isfinite(norms).all() and torch.isfinite(expected).all()):
+        return "infinite or no numbers (NaN)"
     ratios = norms / expected.clamp(min=1e-300)
     low, high = (f"{float(one):.3g}" for one in (ratios.min(), ratios.max()))
     return f"{low if low == high else f'{low} to {high}'} times as large"

@@ -168,3 +168,26 @@ def test_the_name_of_a_file_does_not_decide_its_format(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="torch.save, got .*cut.safetensors"):
         read_torch_file(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_flipped_byte_is_harmless_or_refused_by_name(tmp_path):
+    content = stored({"w": torch.ones(3), "n": 5}).getvalue()
+    path, num_refused = tmp_path / "flipped.pt", 0
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 0x55
+        path.write_bytes(flipped)
+        try:
+            read_torch_file(path)
+        except ValueError as error:
+            assert str(path) in str(error), place
+            num_refused += 1
+    assert num_refused > 100
+
+
+@pytest.mark.parametrize("place", ["nowhere", "cuda:99"])
+def test_an_option_that_does_not_fit_is_torchs_error(tmp_path, place):
+    path = stored({"w": torch.ones(3)}, tmp_path / "whole.pt")
+    with pytest.raises(RuntimeError, match="(?i)device|location"):
+        read_torch_file(path, map_location=place)

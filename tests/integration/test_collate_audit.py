@@ -86,6 +86,12 @@ def centred(items):
     return x - x.mean(0), y
 
 
+def standardised(items):
+    """One item alone has no spread, so it becomes NaN."""
+    x, y = default_collate(items)
+    return (x - x.mean(0)) / x.std(0), y
+
+
 def noisy(items):
     x, y = default_collate(items)
     return x + 0.1 * torch.randn_like(x), y
@@ -195,6 +201,15 @@ def test_rows_that_depend_on_other_items_are_said_and_then_refused(prepare):
     assert all(row.passed for row in audit.rows if row.name != "batch")
     with pytest.raises(AccountingError, match="Collated among other items"):
         _ = engine.ledger
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]amples", "ignore:This run no longer")
+def test_items_that_are_no_numbers_alone_are_said_in_words():
+    engine, train, _ = prepared(standardised)
+    train()
+    text = str(engine.audit(criterion))
+    assert "norms that are infinite or no numbers" in " ".join(text.split())
+    assert "nan times" not in text
 
 
 class AsLists(Tokens):
