@@ -15,7 +15,7 @@ batch, by a scheduler's own function, or past the optimizer's attributes
 it as a declaration that no setting depends on the data.
 """
 
-import sys
+import inspect
 from typing import Any
 
 __all__ = ["NOISE_AND_CLIPPING", "SET_BY_LOOP", "is_chosen_by_loop"]
@@ -43,5 +43,12 @@ def is_chosen_by_loop(before: Any, value: Any) -> bool:
         is_same = bool(value == before)
     except (RuntimeError, ValueError):  # several numbers
         is_same = False
-    caller = sys._getframe(2).f_globals.get("__name__", "")
-    return not (is_same or str(caller).startswith(_KNOWN))
+    return not (is_same or _callers_module().startswith(_KNOWN))
+
+
+def _callers_module() -> str:
+    """Return the name of the module whose code set the attribute."""
+    frame = inspect.currentframe()
+    for _ in range(3):  # this function, its caller, and ``__setattr__``
+        frame = None if frame is None else frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
