@@ -3,8 +3,8 @@
 ``loop_loss`` repeats a whole update, which takes several passes through a copy of the
 model, so it does that a few times only. A glance needs no pass: the criterion is
 evaluated again on a copy of the outputs that the loop has computed, with the delivered
-targets. Its gradients must be those that reached the outputs, up to a factor that stays
-the same.
+targets. Its gradients must be those that reached the outputs, up to a factor, which
+``loss_multiples`` judges.
 
 *When.* In each of the first 64 updates, and later in one of eight. Two glances are at
 most 15 updates apart; a generator of this file draws how many.
@@ -36,6 +36,7 @@ from opacus_pi.custody import Chain
 from opacus_pi.custody.function_copies import copied_if_possible
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audited_update import OutputGradients, rows_by_example
+from opacus_pi.integration.loss_multiples import LossMultiples
 from opacus_pi.models.batches import (
     floating,
     inputs_and_targets,
@@ -97,8 +98,7 @@ class Glances:
             otherwise it takes their mean.
         tell_other: Called if a loss was another one, with the number of examples that
             it left out, and the number of all that were compared.
-        tell_factor: Called with a factor of the gradients, and with another one that an
-            earlier update had.
+        multiples: Judges the factors of the gradients.
     """
 
     def __init__(
@@ -109,14 +109,13 @@ class Glances:
         batch_dim: int,
         is_summed: bool,
         tell_other: Callable[[int, int], None],
-        tell_factor: Callable[[float, float], None],
+        multiples: LossMultiples,
     ) -> None:
         self._criterion = copied_if_possible(criterion)
         self._dim, self._is_summed = batch_dim, is_summed
-        self._tell_other, self._tell_factor = tell_other, tell_factor
+        self._tell_other, self._multiples = tell_other, multiples
         self._draws = random.Random(0)  # no secret: it only spreads the glances
         self._num_updates, self._next = 0, 1
-        self._factor: float | None = None
         self._awaited: list[Tensor] = []
         chain.on_read(self._judge)
 
@@ -180,17 +179,18 @@ class Glances:
             num_passes: The number of passes whose gradients were clipped together.
 
         Returns:
-            float32 ``(6,)``: how far the directions differ, the factor, the tolerance
-            of both, the number of passes, and how many of how many examples had no
-            gradient although the criterion gives them one. None if nothing can be
-            compared.
+            float32 ``(8,)``: how far the directions differ, the factor, the tolerance
+            of both, the number of passes, that of samples, how many of how many
+            examples had no gradient although the criterion gives them one, and the
+            loss. None if nothing can be compared.
         """
         delivery = forward.delivery
         kept = None if delivery is None else delivery.targets
         targets = None if kept is None else in_order_of_pass(forward, kept, self._dim)
-        expected = None if targets is None else self._expected(glance, targets)
-        if expected is None:
+        evaluated = None if targets is None else self._expected(glance, targets)
+        if evaluated is None:
             return None
+        loss, expected = evaluated
         gradients = glance.gradients.tensors()
         places = sorted(set(expected) & set(gradients))
         size = forward.num_samples or 0
@@ -214,8 +214,10 @@ class Glances:
                 *_direction_and_factor(one, other, is_mixed=is_mixed),
                 self._tolerance(glance, other),
                 one.new_tensor(num_passes),
+                one.new_tensor(size),
                 is_left_out.sum().float(),
                 one.new_tensor(len(one)),
+                loss.to(one),
             ]
         )
 
@@ -240,34 +242,25 @@ class Glances:
         """Tell what the comparisons have found that were not judged yet."""
         awaited, self._awaited = self._awaited, []
         for found in awaited:
-            gap, factor, tolerance, num_passes, num_left_out, size = found.tolist()
+            gap, factor, tolerance, *counts, loss = found.tolist()
+            num_passes, num_samples, num_left_out, size = map(int, counts)
             if not gap < math.inf or tolerance > _COARSE:
                 continue  # a loss that is not finite, or gradients lost in rounding
             if gap > tolerance:
-                self._tell_other(int(num_left_out), int(size))
+                self._tell_other(num_left_out, size)
             elif not math.isnan(factor):
-                self.saw_factor(factor, int(num_passes), tolerance)
+                self._multiples.saw(
+                    factor,
+                    size=num_samples,
+                    num_passes=num_passes,
+                    loss=loss,
+                    tolerance=tolerance,
+                )
 
-    def saw_factor(
-        self, factor: float, num_passes: int, tolerance: float = _ALIKE
-    ) -> None:
-        """Tell of a factor that an earlier update did not have.
-
-        Args:
-            factor: By which the gradients differ from the criterion's.
-            num_passes: The number of passes of the update. A loop may divide by it.
-            tolerance: The relative difference that rounding may cause.
-        """
-        before = self._factor
-        if num_passes > 1 and abs(factor * num_passes - 1) <= tolerance:
-            return
-        if before is None:
-            self._factor = factor
-        elif abs(factor - before) > tolerance * abs(before):
-            self._tell_factor(factor, before)
-
-    def _expected(self, glance: Glance, targets: Any) -> dict[int, Tensor] | None:
-        """Return the criterion's gradients with respect to the outputs, by position.
+    def _expected(
+        self, glance: Glance, targets: Any
+    ) -> tuple[Tensor, dict[int, Tensor]] | None:
+        """Return the criterion, and its gradients of the outputs by their position.
 
         Args:
             glance: The outputs.
@@ -292,7 +285,8 @@ class Glances:
                 )
         except MODEL_ERRORS:
             return None
-        return {place: g for place, g in enumerate(found) if g is not None}
+        places = {place: g for place, g in enumerate(found) if g is not None}
+        return loss.detach(), places
 
 
 def _direction_and_factor(

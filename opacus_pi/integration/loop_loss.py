@@ -58,6 +58,7 @@ from opacus_pi.integration.audited_update import (
 from opacus_pi.integration.glances import Glance, Glances
 from opacus_pi.integration.held_weights import ids_held_by
 from opacus_pi.integration.ignored_labels import IgnoredLabels
+from opacus_pi.integration.loss_multiples import LossMultiples
 from opacus_pi.models.batches import floating, inputs_and_targets, to_device
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.forward_call import ForwardCall
@@ -151,19 +152,6 @@ _BY_PASS = (
 _OTHER = (
     "In an update, the norms by which gradients were clipped were {times} as those of "
     "the audited criterion. " + _CONSEQUENCE
-)
-_VARYING = (
-    "All gradients of an update were {ratio:.4g} times those of the audited criterion, "
-    "and in another update {before:.4g} times. So the loop multiplies its loss or its "
-    "gradients by a factor that changes. If the factor depends on the batch, no "
-    "gradient belongs to one example. Call criterion(model(x), y) without a factor, "
-    "or audit a criterion that has it."
-)
-_SCALED = (
-    "All gradients of an update were {ratio:.4g} times those of the audited criterion. "
-    "A constant factor is allowed. A factor that depends on the batch is not: a sum of "
-    "losses in place of their mean has such a factor. Which kind this one is could "
-    "not be checked. Put the factor into the criterion, and audit that."
 )
 _ASSUMED_ORDER = (
     "The norms of an update were not those of the audited criterion, but the order of "
@@ -300,7 +288,7 @@ class LoopLoss:
         mean = label_mean_of(users) if is_known and not is_ghost else None
         self._labels = None if mean is None else IgnoredLabels(users, mean, chain)
         self._is_assumed = not is_ghost and not is_known
-        self._glances = None
+        self._multiples, self._glances = LossMultiples(chain), None
         if is_known and not is_ghost:
             self._glances = Glances(
                 users,
@@ -308,7 +296,7 @@ class LoopLoss:
                 batch_dim=run.batch_dim,
                 is_summed=run.loss_reduction == "sum",
                 tell_other=self._tell_other,
-                tell_factor=self._tell_factor,
+                multiples=self._multiples,
             )
         self._tracker, self._chain, self._new_engine = tracker, chain, new_engine
         self._num_steps, self.num_before = num_steps, num_before
@@ -589,10 +577,10 @@ class LoopLoss:
             if 0 in signs:
                 self._refuse_or_doubt(_OTHER_DIRECTION.format(remedy=_REMEDY), passes)
                 return
-            for sign in sorted(signs) or [1]:
-                self._accept(sign * ratio, num_passes)
-            self._note_factors(pairs, num_passes)
             coupled = [wanted.coupling for _, wanted in pairs if wanted.coupling]
+            for sign in sorted(signs) or [1]:
+                self._accept(sign * ratio, num_passes, "".join(coupled[:1]))
+            self._note_factors(pairs, num_passes)
             if coupled and (self._are_averages[-1] or abs(ratio - 1) < _ALIKE):
                 self._chain.break_link("loss", coupled[0])
         else:
@@ -612,7 +600,8 @@ class LoopLoss:
             is_mixed = made.forward.call.call.mixed_type is not None
             if self._glances is not None and sign and not is_mixed:
                 factor = sign * float(made.gradients.norm() / wanted.gradients.norm())
-                self._glances.saw_factor(factor, num_passes)
+                size = made.forward.num_samples or 0
+                self._multiples.saw(factor, size=size, num_passes=num_passes)
 
     def _tell_other(self, num_left_out: int, size: int) -> None:
         """Break the link: the outputs of an update had other gradients.
@@ -625,10 +614,6 @@ class LoopLoss:
         text = reason.format(count=num_left_out, size=size, remedy=_REMEDY)
         self._chain.break_link("loss", text)
 
-    def _tell_factor(self, factor: float, before: float) -> None:
-        """Break the link: the gradients of the outputs had another factor before."""
-        self._chain.break_link("loss", _VARYING.format(ratio=factor, before=before))
-
     def _refuse_or_doubt(self, reason: str, passes: Sequence[ForwardPass]) -> None:
         """Break the link, if the examples of all samples are known."""
         if all(forward.is_recognised for forward in passes):
@@ -636,26 +621,27 @@ class LoopLoss:
         else:
             self._chain.leave_unchecked("loss", _ASSUMED_ORDER)
 
-    def _accept(self, ratio: float, num_passes: int) -> None:
+    def _accept(self, ratio: float, num_passes: int, coupling: str) -> None:
         """Tell the chain that all gradients are a multiple of those expected.
 
         Args:
             ratio: The factor.
             num_passes: The number of passes whose gradients were clipped together.
+            coupling: Why the criterion gives the examples no loss of their own; empty
+                if it does.
         """
         self._are_averages.append(abs(ratio * num_passes - 1) < _ALIKE)
         self._ratios.append(ratio)
         count, also = self.num_compared + 1, _ALSO if self._glances else ""
         others = [r for r in self._ratios if abs(r - ratio) > _ALIKE * abs(ratio)]
         if others and not all(self._are_averages):
-            text = _VARYING.format(ratio=ratio, before=others[-1])
-            self._chain.break_link("loss", text)
+            self._multiples.varies(ratio, others[-1], coupling=coupling)
         elif abs(ratio - 1) < _ALIKE and not others:
             self._check(_SAME.format(count=count, also=also))
         elif any(self._are_averages):
             self._check(_AVERAGED.format(count=count, ratio=ratio, also=also))
         else:
-            self._chain.leave_unchecked("loss", _SCALED.format(ratio=ratio))
+            self._multiples.is_scaled(ratio)
 
     def _check(self, found: str) -> None:
         """Tell the chain that the loop used the criterion.

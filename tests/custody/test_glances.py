@@ -4,6 +4,8 @@ Every loop audits a plain cross entropy and uses it in the first updates. The wh
 comparisons of later updates are switched off here, so only glances are left.
 """
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -81,6 +83,14 @@ def divided_by_its_value(_, outputs, targets):
     return loss / loss.detach()
 
 
+def divided_by_its_root(_, outputs, targets):
+    return F.cross_entropy(outputs, targets).sqrt()
+
+
+def summed(_, outputs, targets):
+    return 0.1 * F.cross_entropy(outputs, targets, reduction="sum")
+
+
 def turned(criterion, outputs, targets):
     return -criterion(outputs, targets)
 
@@ -93,7 +103,6 @@ OTHERS = (
     smoothed,
     with_a_penalty_of_the_batch,
 )
-FACTORS = (divided_by_its_value, turned)
 
 
 @pytest.mark.parametrize("mode", FREE)
@@ -106,10 +115,79 @@ def test_another_loss_later_is_refused(loss, mode):
 
 
 @pytest.mark.parametrize("mode", FREE)
-@pytest.mark.parametrize("loss", FACTORS)
-def test_another_factor_later_is_refused(loss, mode):
-    run = trained(Loop("late", loss=since(5, loss), setup=audited, mode=mode))
-    assert "multiplies its loss or its gradients by a factor" in run.refusal
+def test_another_sign_later_is_said(mode):
+    run = trained(Loop("late", loss=since(5, turned), setup=audited, mode=mode))
+    assert run.refusal == "" and state_of_loss(run) == "unchecked"
+    assert "multiplies its loss or its gradients by a factor" in run.said[-1]
+
+
+@pytest.mark.parametrize("mode", FREE)
+@pytest.mark.parametrize(
+    ("loss", "what"),
+    [
+        (divided_by_its_value, "its loss"),
+        (divided_by_its_root, "its loss"),
+        (summed, "the number of its samples"),
+    ],
+)
+def test_a_factor_that_follows_the_batch_is_refused(loss, what, mode):
+    loop = Loop("late", loss=since(5, loss), setup=audited, mode=mode)
+    run = trained(loop.having(updates=epochs(4)))
+    assert f"followed the batch: it depended on {what}" in run.refusal
+
+
+class Scheduled:
+    """A loss that is multiplied by a factor of the number of the update."""
+
+    def __init__(self, factor):
+        self.factor, self.num_calls = factor, 0
+
+    def __call__(self, criterion, outputs, targets):
+        self.num_calls += 1
+        return self.factor(self.num_calls) * criterion(outputs, targets)
+
+
+SCHEDULES = {
+    "warm-up": lambda k: min(1.0, k / 8),
+    "slow": lambda k: min(1.0, k / 1000),
+    "decay": lambda k: 0.97**k,
+    "doubled": lambda k: 2.0 ** (k // 5),
+    "cyclic": lambda k: 1.5 + math.sin(k),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("mode", "sampling"), [("hooks", "poisson"), ("fast", "fixed")]
+)
+def test_a_factor_of_the_number_of_the_update_is_said(name, mode, sampling):
+    options = {**MANY, "sampling": sampling, "setup": audited, "mode": mode}
+    run = trained(Loop(name, loss=Scheduled(SCHEDULES[name]), **options))
+    assert run.refusal == "" and state_of_loss(run) == "unchecked"
+    assert "a factor that changes" in run.said[-1] and len(run.said) <= 2
+    assert "a factor that changes" in sentence_of_loss(run)
+    assert "Put the factor into the criterion" not in sentence_of_loss(run)
+
+
+def sentence_of_loss(run):
+    (link,) = [x for x in run.ledger.custody.links if x.name == "loss"]
+    return link.sentence
+
+
+def test_a_grad_scaler_that_grows_is_said():
+    def updates(run):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=2)
+        for batch in run.loader:
+            run.zero_grad()
+            run.keep(tuple(batch))
+            loss = run.criterion(run.model(batch[0]), batch[1])
+            scaler.scale(loss).backward()
+            scaler.step(run.optimizer)
+            scaler.update()
+
+    run = trained(Loop("scaler", updates=updates, setup=audited, sampling="fixed"))
+    assert run.refusal == "" and state_of_loss(run) == "unchecked"
+    assert "GradScaler" in run.said[-1]
 
 
 def test_a_loss_that_changes_for_good_is_found_within_fifteen_updates():

@@ -142,6 +142,21 @@ def test_one_ignored_label_late_in_the_run_is_refused(name, mode):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_scheduled_factor_of_ignored_labels_is_refused():
+    def of_schedule(outputs, targets):
+        of_schedule.num_calls += 1
+        return of_schedule.num_calls / 40 * run.criterion(outputs, targets)
+
+    of_schedule.num_calls = 0
+    run = Training(nn.CrossEntropyLoss(), labels_with(LATE))
+    run.train(of_schedule).assert_refused("has labels that the criterion ignores")
+    of_schedule.num_calls = 0
+    run = Training(nn.CrossEntropyLoss(), labels_with())
+    assert run.train(of_schedule).link.state == "unchecked"
+    assert "a factor that changes" in run.link.sentence
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [nn.NLLLoss, lambda: F.nll_loss])
 def test_the_negative_log_likelihood_ignores_labels_too(make):
     Training(make(), labels_with(LATE), model=LogLinear()).train().assert_refused()
