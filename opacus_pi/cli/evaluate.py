@@ -24,6 +24,7 @@ from opacus_pi.cli.evaluated import subject_of
 from opacus_pi.cli.inputs import (
     import_criterion,
     import_data_set,
+    import_train_set,
     load_model,
     read_forget_set,
     require_owners_of,
@@ -61,13 +62,18 @@ def run(options: argparse.Namespace) -> int:
             set, or a retrained model has the weights of another model or was trained
             without other examples.
     """
-    train_set = import_data_set("--data", options.train_set)
+    train_set, gone = import_train_set(options)
     test_set = import_data_set("--test", options.test_set)
-    require_unseen(train_set, test_set)
+    require_unseen(train_set, test_set, gone)
     require_owners_of(options, lambda: fingerprint(train_set))
     forget = read_forget_set(options)
     criterion = import_criterion(options)
-    sets = make_sets(train_set, test_set, forget, criterion, options.seed)
+    sets = make_sets(train_set, test_set, forget, criterion, options.seed, gone)
+    if not len(sets.forget):
+        raise BadInput(
+            "--forget: all of these examples may have been erased from the data set, "
+            "so nothing can be measured on them. Name examples that can be read."
+        )
     network = load_model(options, options.weights)
     oracles = [load_model(options, path, "--oracle") for path in options.oracle]
     _require_different_weights(options, [network, *oracles])

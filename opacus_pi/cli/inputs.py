@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,8 @@ from opacus_pi.files.weights_file import read_plain_weights
 from opacus_pi.integration.checkpoints import ledger_in_checkpoint
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.ledger.same_data import difference
+from opacus_pi.unlearning.erased_data import known_data_set
+from opacus_pi.unlearning.requests import remaining_by_log
 
 OWNERS_OF = "data_set"  # in a file of persons: the fingerprint of its data set
 _LEDGER_REMEDY = (
@@ -373,6 +376,32 @@ def import_data_set(flag: str, path: str) -> Any:
             mean.
     """
     return import_object(flag, path, DATA_SET)
+
+
+def import_train_set(
+    options: argparse.Namespace, *, must_exist: bool = True
+) -> tuple[Any, NDArray[np.int64]]:
+    """Import the training set, whether or not forgotten examples were erased from it.
+
+    Args:
+        options: The parsed arguments.
+        must_exist: Whether a log that is named must exist.
+
+    Returns:
+        The training set, and the positions that were forgotten before by the log.
+
+    Raises:
+        BadInput: If it cannot be imported, or with a log: if anything but exactly the
+            examples that the log says were forgotten is missing or changed.
+    """
+    found = import_data_set("--data", options.train_set)
+    if not options.log or not (must_exist or os.path.exists(options.log)):
+        return found, np.empty(0, dtype=np.int64)
+    with about("--log", "Name what 'opacus-pi unlearn --log' wrote."):
+        states = remaining_by_log(options.log)
+    with about("--data", "Restore its files from a copy."):
+        found = known_data_set(states, found)
+    return found, states[0].forgotten if states else np.empty(0, dtype=np.int64)
 
 
 def import_criterion(options: argparse.Namespace) -> Any:

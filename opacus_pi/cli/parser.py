@@ -540,6 +540,10 @@ and the loss barriers to them.""",
             FORGET,
             FORGET_PERSON,
             OWNERS,
+            LOG.but(
+                help="deletion log of the model; examples of earlier requests are not "
+                "in the retain set, and may have been erased from --data"
+            ),
             option(
                 "--oracle",
                 "WEIGHTS",

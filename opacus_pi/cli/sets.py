@@ -18,6 +18,7 @@ from opacus_pi.cli.errors import BadInput
 from opacus_pi.difficulty.forget_sets import retain_indices
 from opacus_pi.evaluation import evaluate
 from opacus_pi.evaluation.seen_examples import seen_in_training
+from opacus_pi.ledger.erased_examples import not_erased
 from opacus_pi.ledger.same_data import compared, same_data_set
 
 _MOST = 0.5  # a larger share of training examples makes a test set useless
@@ -58,12 +59,16 @@ class Sets:
         )
 
 
-def require_unseen(train_set: Any, test_set: Any) -> None:
+def require_unseen(
+    train_set: Any, test_set: Any, forgotten_before: ArrayLike = ()
+) -> None:
     """Refuse a test set that consists of training examples, and warn of a few.
 
     Args:
         train_set: The set that the model was trained on.
         test_set: A set that the model must not have seen.
+        forgotten_before: Positions that are not read, because their data may have been
+            erased.
 
     Raises:
         BadInput: If they are one data set, whatever their transforms, or most of the
@@ -71,6 +76,10 @@ def require_unseen(train_set: Any, test_set: Any) -> None:
     """
     if test_set is train_set or _look_equal(train_set, test_set):
         raise BadInput(f"--test: this is the training set of --data, {_UNSEEN}")
+    gone = np.asarray(forgotten_before, dtype=np.int64)
+    if len(gone):
+        kept = np.setdiff1d(np.arange(len(train_set)), gone)
+        train_set = Subset(train_set, kept.tolist())
     found = seen_in_training(train_set, test_set)
     percent = float(f"{100 * found.share:.2g}")
     words = (
@@ -108,7 +117,8 @@ def make_sets(
     Args:
         train_set: The set that the model was trained on.
         test_set: Unseen examples.
-        forget_indices: Positions of the forget set in the training set.
+        forget_indices: Positions of the forget set in the training set. Erased
+            examples are left out.
         criterion: The loss.
         seed: Seed of the draw from the retain set.
         forgotten_before: Positions that are not in the retain set either.
@@ -120,7 +130,7 @@ def make_sets(
     retain = np.setdiff1d(retain, np.asarray(forgotten_before, dtype=np.int64))
     size = min(len(retain), len(test_set))
     drawn = np.random.default_rng(seed).choice(retain, size, replace=False)
-    forget = np.unique(np.asarray(forget_indices))
+    forget = not_erased(train_set, np.unique(np.asarray(forget_indices)))
     return Sets(
         forget=Subset(train_set, forget.tolist()),
         retain=Subset(train_set, np.sort(drawn).tolist()),

@@ -37,6 +37,7 @@ from opacus_pi.cli.errors import BadInput, about, one_line
 from opacus_pi.cli.inputs import (
     import_criterion,
     import_data_set,
+    import_train_set,
     load_model,
     read_forget_set,
     read_ledgers,
@@ -49,6 +50,7 @@ from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.cli.run_files import new_directory, save_run
 from opacus_pi.cli.sets import make_sets, require_unseen
 from opacus_pi.gradients.fallback import MODEL_ERRORS
+from opacus_pi.ledger.erased_examples import erased_in, not_erased
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.models.predictions import predict
 from opacus_pi.unlearning import Unlearner, UnlearningResult
@@ -76,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
     method = make_method(options.method, options.settings)
     make_optimizer = None if going_back else _optimizer(options)
     runs = read_ledgers(options.ledger, "--ledger") if options.ledger else None
-    train_set = import_data_set("--data", options.train_set)
-    test_set = _test_set(options, train_set)
+    train_set, gone = import_train_set(options, must_exist=False)
+    test_set = _test_set(options, train_set, gone)
     owned = read_owned(options)
     require_owners_of(options, lambda: fingerprint(train_set))
     forget = read_forget_set(options, owned)
@@ -106,8 +108,8 @@ def run(options: argparse.Namespace) -> int:
             "num_epochs": options.num_epochs,
             "batch_size": options.batch_size,
         }
-        if test_set is None:  # nothing to evaluate on
-            return found
+        if test_set is None or not len(not_erased(train_set, forget)):
+            return found  # nothing to evaluate on
         sets = make_sets(
             *(train_set, test_set, forget, criterion, options.seed or 0),
             forgotten_before=list(forgotten_before),
@@ -128,6 +130,7 @@ def run(options: argparse.Namespace) -> int:
             save_run(directory, result)
     facts = {"format": "opacus_pi.cli.unlearn.v1", "out": options.out, **request}
     facts |= _run_facts(result, options.delta, len(train_set))
+    facts["num_erased"] = len(erased_in(train_set))
     answer(options, facts, _text(facts, result))
     return 0
 
@@ -307,7 +310,9 @@ def _pending(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _test_set(options: argparse.Namespace, train_set: Any) -> Any:
+def _test_set(
+    options: argparse.Namespace, train_set: Any, gone: NDArray[np.int64]
+) -> Any:
     """Import and check the test set before a request is entered; None if not named.
 
     Without a test set there are no metrics, because membership inference needs unseen
@@ -316,6 +321,7 @@ def _test_set(options: argparse.Namespace, train_set: Any) -> Any:
     Args:
         options: The parsed arguments.
         train_set: The training set, which must be another one.
+        gone: Positions in it that are not read: these examples were forgotten before.
 
     Raises:
         BadInput: If the test set cannot be imported or is the training set.
@@ -323,7 +329,7 @@ def _test_set(options: argparse.Namespace, train_set: Any) -> Any:
     if options.test_set is None:
         return None
     test_set = import_data_set("--test", options.test_set)
-    require_unseen(train_set, test_set)
+    require_unseen(train_set, test_set, gone)
     return test_set
 
 
@@ -423,6 +429,8 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
         f"{_forgot(other['num_forget'], other['method'], other['num_steps'])}."
         for other in facts.get("also_carried_out", [])
     ]
+    if facts["num_erased"]:
+        parts.insert(0, _erased(facts["num_erased"]))
     if result is None:
         before = " ".join(_done_before(facts))
         parts.append(
@@ -444,6 +452,19 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
     if "head" in facts:
         parts += _of_log(facts)
     return "\n\n".join(parts)
+
+
+def _erased(number: int) -> str:
+    """Return a sentence about a training set from which examples were erased.
+
+    Args:
+        number: How many forgotten examples are not read.
+    """
+    words = f"{number} forgotten example{'s' * (number > 1)}"
+    return (
+        f"{words} may have been erased from the data set and will not be read. The "
+        "others agree with what the deletion log says about the rest."
+    )
 
 
 def _of_log(facts: dict[str, Any]) -> list[str]:

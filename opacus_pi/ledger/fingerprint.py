@@ -15,21 +15,25 @@ error. The fingerprint detects this. It is not cryptographic evidence:
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._validate import expect
+from opacus_pi.ledger.erased_examples import ErasedExamples
 from opacus_pi.ledger.held_examples import held_parts, is_subset
+from opacus_pi.ledger.same_data import base_of
 from opacus_pi.ledger.stored_arrays import (
+    Places,
     as_array,
     evenly_spaced,
     hash_arrays,
     strided,
 )
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "fingerprint_of_some"]
 
 _MAX_NUMBERS = 1 << 20  # of inputs that are hashed as a whole
 
@@ -64,6 +68,8 @@ def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
     Raises:
         ValueError: If the data set has no length.
     """
+    if isinstance(data_set, ErasedExamples):
+        return data_set.name if inputs else base_of(data_set.name)
     try:
         size = len(data_set)
     except TypeError:
@@ -81,11 +87,47 @@ def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
     name = name if labels is None else f"{name}:{hash_arrays(labels)}"
     if not inputs or not size:
         return name
-    found = _inputs(data_set, np.arange(size))
-    parts = {"x": hash_arrays(*found)} if found else {}
+    places, labelled = np.arange(size), labels is not None
+    return name + _inputs_part(data_set, places, labelled=labelled)
+
+
+def fingerprint_of_some(data_set: Any, places: Places) -> str:
+    """Return a name of some examples, as if the data set had no others.
+
+    A data set from which all other examples were removed gets the same name, and so
+    does one with anything at their positions. The class is no part of the name.
+
+    Args:
+        data_set: Anything with a length.
+        places: int64 ``(m,)``, positions of the examples, sorted, at least one.
+
+    Returns:
+        ``"some:m:labels:xinputs:..."``, with the parts of ``fingerprint``.
+    """
+    if isinstance(data_set, ErasedExamples):
+        data_set, places = data_set.remaining_set, data_set.rows[places]
+    labels = _labels_of_some(data_set, places)
+    name = f"some:{len(places)}"
+    name = name if labels is None else f"{name}:{hash_arrays(labels)}"
     labelled = labels is not None
-    parts |= held_parts(data_set, np.arange(size), labelled=labelled)
-    return name + "".join(f":{letter}{part}" for letter, part in parts.items())
+    return name + _inputs_part(data_set, places, labelled=labelled, alone=True)
+
+
+def _inputs_part(
+    data_set: Any, places: Places, *, labelled: bool, alone: bool = False
+) -> str:
+    """Return the parts of a name beyond the labels; each begins with a colon.
+
+    Args:
+        data_set: The data set.
+        places: The positions that count.
+        labelled: Whether its labels are known under their usual names.
+        alone: Whether to hash these examples as if there were no others.
+    """
+    found = _inputs(data_set, places)
+    parts = {"x": hash_arrays(*found)} if found else {}
+    parts |= held_parts(data_set, places, labelled=labelled, alone=alone)
+    return "".join(f":{letter}{part}" for letter, part in parts.items())
 
 
 def _class_name(data_set: Any) -> str:
@@ -103,12 +145,40 @@ def _labels(data_set: Any) -> NDArray[Any] | None:
             if labels is None
             else labels[np.asarray(data_set.indices, dtype=np.int64)]
         )
-    for attribute in ("targets", "labels", "tensors"):
-        found = getattr(data_set, attribute, None)
-        if attribute == "tensors" and found:
-            found = found[-1]
+    for found in _label_attributes(data_set):
         labels = as_array(found)
         if labels is not None and len(labels) == len(data_set):
+            return labels
+    return None
+
+
+def _label_attributes(data_set: Any) -> Iterator[Any]:
+    """Yield what may be the labels, by their usual names."""
+    for attribute in ("targets", "labels", "tensors"):
+        found = getattr(data_set, attribute, None)
+        yield found[-1] if attribute == "tensors" and found else found
+
+
+def _labels_of_some(data_set: Any, places: Places) -> NDArray[Any] | None:
+    """Return the labels of some examples, or None if there are none.
+
+    The other labels are not read: in their places there may be anything.
+
+    Args:
+        data_set: The data set.
+        places: Positions of the examples.
+    """
+    if is_subset(data_set):
+        inner = np.asarray(data_set.indices, dtype=np.int64)[places]
+        return _labels_of_some(data_set.dataset, inner)
+    for found in _label_attributes(data_set):
+        if isinstance(found, list | tuple) and len(found) == len(data_set):
+            labels = as_array([found[i] for i in places.tolist()])
+        else:
+            labels = as_array(found)
+            is_whole = labels is not None and len(labels) == len(data_set)
+            labels = labels[places] if is_whole else None  # type: ignore[index]
+        if labels is not None:
             return labels
     return None
 

@@ -14,7 +14,7 @@ compared, and of many files only some are opened.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,17 @@ _CONTAINERS = (list, tuple, dict, range, str, bytes, os.PathLike)
 _LABELS = ("targets", "labels")  # the attributes that the first part of a name hashes
 
 
-def held_parts(data_set: Any, places: Places, *, labelled: bool) -> dict[str, str]:
+def held_parts(
+    data_set: Any, places: Places, *, labelled: bool, alone: bool = False
+) -> dict[str, str]:
     """Return hashes of what a data set holds, by the letter of each part.
 
     Args:
         data_set: The data set.
         places: int64 ``(n,)``, the positions that count.
         labelled: Whether its labels are known under their usual names.
+        alone: Whether to hash these examples as if there were no others: then a data
+            set from which the others were removed has the same hashes.
 
     Returns:
         Hashes of what is found: ``"e"``, numbers of the inputs of every example;
@@ -69,7 +73,12 @@ def held_parts(data_set: Any, places: Places, *, labelled: bool) -> dict[str, st
     """
     found: dict[str, list[str]] = {}
     complete = {"e": True, "f": True, "w": True, "a": True}
-    for depth, (holder, at) in enumerate(_holders(data_set, places, _MAX_DEPTH)):
+    holders = [*_holders(data_set, places, _MAX_DEPTH)]
+    if alone:
+        holders = [(one, at) for one, at in holders if len(at) or is_subset(one)]
+        if any(_is_shuffled(one) for one, _ in holders):  # rows may be of any example
+            complete |= {"e": False, "f": False, "w": False}
+    for depth, (holder, at) in enumerate(holders):
         table = table_of(holder)
         _add(found, "e", *table.inputs(at))
         _add(found, "y", *table.labels(at))
@@ -80,28 +89,57 @@ def held_parts(data_set: Any, places: Places, *, labelled: bool) -> dict[str, st
         for name, column in _columns(holder):
             if id(column) in read:
                 continue
-            texts = _texts_of(column)
-            if texts is not None:
-                _add(found, "p", *_relative(texts, at))
-                files = _files(holder, texts, at)
-                _add(found, "f", *(one.ends for one in files))
-                _add(found, "w", *(one.content for one in files))
-                complete["f"] &= not files or len(files) == len(at)
-                complete["w"] &= all(one.is_whole for one in files)
-            elif (numbers := _numbers(name, column, at)) is not None:
-                _add(found, "e", hash_arrays(numbers))
-                complete["e"] &= len(numbers) == len(at)
-            elif (single := _single_numbers(column, at)) is not None:
-                letter = "o" if _is_order(single) else "n" if labelled else "y"
-                _add(found, letter, hash_arrays(single))
-            else:
-                continue
-            read.add(id(column))
+            chosen, here = _chosen(column, at) if alone else (column, at)
+            hashes = _hashes_of(holder, name, chosen, here, labelled=labelled)
+            for letter, texts, is_complete in hashes:
+                _add(found, letter, *texts)
+                complete[letter] = complete.get(letter, True) and is_complete
+                read.add(id(column))
         if not has_known_code(holder):
             settings, known = settings_of(holder, read)
             found.setdefault("a", []).extend(settings)
             complete["a"] &= known
-        _add(found, "t", *_transforms(holder))
+        if not (alone and is_subset(holder) and has_known_code(holder)):
+            _add(found, "t", *_transforms(holder))
+    return _named(found, complete)
+
+
+def _hashes_of(
+    holder: Any, name: str, column: Any, places: Places, *, labelled: bool
+) -> Iterator[tuple[str, list[str], bool]]:
+    """Yield hashes of a column, with the letter of their part; nothing if unreadable.
+
+    Args:
+        holder: The object that has it.
+        name: The attribute.
+        column: Its value, with one entry for each example.
+        places: The positions that count.
+        labelled: Whether the labels are known under their usual names.
+
+    Yields:
+        The letter, the hashes, and whether they depend on all examples that count.
+    """
+    texts = _texts_of(column)
+    if texts is not None:
+        yield "p", _relative(texts, places), True
+        files = _files(holder, texts, places)
+        is_complete = not files or len(files) == len(places)
+        yield "f", [one.ends for one in files], is_complete
+        yield "w", [one.content for one in files], all(one.is_whole for one in files)
+    elif (numbers := _numbers(name, column, places)) is not None:
+        yield "e", [hash_arrays(numbers)], len(numbers) == len(places)
+    elif (single := _single_numbers(column, places)) is not None:
+        letter = "o" if _is_order(single) else "n" if labelled else "y"
+        yield letter, [hash_arrays(single)], True
+
+
+def _named(found: dict[str, list[str]], complete: Mapping[str, bool]) -> dict[str, str]:
+    """Return a hash of each part, under another letter if it is not complete.
+
+    Args:
+        found: Texts of each part.
+        complete: Whether they depend on all examples that count.
+    """
     if not complete["f"]:  # of some files only: what was read of them does not matter
         found.pop("w", None)
     parts = {letter: _hash_texts(texts) for letter, texts in found.items()}
@@ -109,6 +147,51 @@ def held_parts(data_set: Any, places: Places, *, labelled: bool) -> dict[str, st
         if whole in parts and not complete[whole]:
             parts[some] = parts.pop(whole)
     return parts
+
+
+def _chosen(column: Any, places: Places) -> tuple[Any, Places]:
+    """Return a column without the entries that do not count, and what to read of it.
+
+    Of an order the ranks are kept: what remains of ``[0, 1, 2]`` without its second
+    entry is ``[0, 1]``, as in a data set that never had it. Large arrays of numbers
+    stay as they are, because every row is read by itself.
+
+    Args:
+        column: A list, an array or a table with one entry for each example.
+        places: The positions that count.
+
+    Returns:
+        The column, and the positions in it that count.
+    """
+    everything = np.arange(len(places))
+    if _permutation(column) is not None:
+        numbers = as_array(column)[places]  # type: ignore[index]
+        return np.argsort(np.argsort(numbers)), everything
+    if hasattr(column, "iloc"):
+        return column.iloc[places.tolist()], everything
+    if not strided(column):
+        return [column[i] for i in places.tolist()], everything
+    is_small = column.ndim == 1 or getattr(column.dtype, "kind", "") in "UO"
+    return (column[places.tolist()], everything) if is_small else (column, places)
+
+
+def _permutation(column: Any) -> NDArray[Any] | None:
+    """Return a column that has every position once; None if it is no such column."""
+    if hasattr(column, "iloc"):
+        return None
+    numbers = _single_numbers(column, np.arange(len(column)))
+    if numbers is None or not _is_order(numbers) or numbers.max() != len(numbers) - 1:
+        return None
+    return numbers
+
+
+def _is_shuffled(holder: Any) -> bool:
+    """Return whether an object holds all positions in another order than their own.
+
+    Its other columns may be in that order, or not: then an example may be in any row.
+    """
+    orders = (_permutation(column) for _, column in _columns(holder))
+    return any(one is not None and bool((np.diff(one) < 0).any()) for one in orders)
 
 
 def is_subset(data_set: Any) -> bool:

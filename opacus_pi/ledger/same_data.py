@@ -17,10 +17,14 @@ from dataclasses import dataclass
 
 __all__ = [
     "Compared",
+    "base_of",
     "compared",
     "difference",
+    "name_without_erased",
+    "num_erased",
     "same_data_set",
     "same_transforms",
+    "unlike_what_remains",
     "without_transforms",
 ]
 
@@ -30,6 +34,7 @@ _FIELDS = re.compile(r"(.+?):(\d+)(?::([0-9a-f]{16}))?", re.DOTALL)
 _BASE = "class, length and labels"
 _BASE_WITHOUT_LABELS = "class and length (no labels were found)"
 _TRANSFORMS = "t"
+_ERASED = "z"  # not a hash: the number of examples that may have been erased
 _PARTS = {
     "x": "the inputs of evenly spaced examples",
     "e": "numbers of the inputs of every example",
@@ -42,6 +47,7 @@ _PARTS = {
     "v": "drawn blocks of the files of all examples",
     "g": "the sizes and ends of evenly spaced files",
 }
+_CONTENT = {*_PARTS} - {"o", "y"}  # these tell something about the inputs
 _WHOLE = {"e", "w"}  # these depend on every example and its position
 # A data set may count or note something in these while it is used, so a difference is
 # no reason to refuse. But positions may then name other examples.
@@ -136,6 +142,8 @@ def compared(one: str, other: str) -> Compared:
     shown = _BASE if _LABELS.search(base) else _BASE_WITHOUT_LABELS
     found = [shown, *(words for name, words in _PARTS.items() if name in common)]
     listed, doubts = "; ".join(found), _doubts(parts, others)
+    if _ERASED in {*parts, *others}:
+        listed += "; all of the remaining examples, by means of the deletion log"
     if common & _WHOLE and not doubts:
         return Compared(True, f"equal: {listed}")
     return Compared(False, "; ".join([f"only {listed} were compared", *doubts]))
@@ -186,6 +194,69 @@ def without_transforms(name: str) -> str:
     base, parts = _parts(name)
     kept = [(key, part) for key, part in parts.items() if key != _TRANSFORMS]
     return base + "".join(f":{key}{part}" for key, part in reversed(kept))
+
+
+def base_of(name: str) -> str:
+    """Return class, length and labels of a fingerprint.
+
+    Args:
+        name: A fingerprint.
+    """
+    return _parts(name)[0]
+
+
+def num_erased(name: str) -> int:
+    """Return how many examples may have been erased from a data set since training.
+
+    Args:
+        name: A fingerprint.
+    """
+    return int(_parts(name)[1].get(_ERASED, "0"), 16)
+
+
+def unlike_what_remains(stored: str, at_hand: str) -> str:
+    """Return in what a data set differs from what must remain; empty if it does not.
+
+    A part that the data set at hand does not have is a difference, too: otherwise a
+    data set of which nothing can be read would pass.
+
+    Args:
+        stored: ``fingerprint_of_some`` of the examples that must remain.
+        at_hand: The same of the data set at hand.
+    """
+    found = [words] if (words := difference(stored, at_hand)) else []
+    parts, others = _parts(stored)[1], _parts(at_hand)[1]
+    found += [
+        f"{words} (which could not be read)"
+        for letter, words in _PARTS.items()
+        if letter in parts and letter not in others
+    ]
+    if not found and not parts.keys() & _CONTENT:
+        return "parts that cannot be compared without loading examples"
+    return "; ".join(found)
+
+
+def name_without_erased(whole: str, stored: str, at_hand: str, number: int) -> str:
+    """Return the name of a data set whose erased examples are no longer there.
+
+    It is that of the whole data set in the parts that were compared for the remaining
+    examples. Another part is left out, so that it counts as not compared.
+
+    Args:
+        whole: Fingerprint of the data set when nothing was erased.
+        stored: ``fingerprint_of_some`` of the examples that must remain.
+        at_hand: The same of the data set at hand, which agrees.
+        number: How many examples were erased.
+    """
+    base, parts = _parts(whole)
+    ours, theirs = _parts(stored)[1], _parts(at_hand)[1]
+    kept = {
+        letter: part if ours[letter] == theirs[letter] else theirs[letter]
+        for letter, part in reversed(parts.items())
+        if letter in ours and letter in theirs
+    }
+    kept[_ERASED] = f"{number:016x}"
+    return base + "".join(f":{letter}{part}" for letter, part in kept.items())
 
 
 def _parts(name: str) -> tuple[str, dict[str, str]]:

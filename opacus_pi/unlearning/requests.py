@@ -31,6 +31,7 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, require
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.accounting.guarantee import Guarantee
+from opacus_pi.ledger.erased_examples import ErasedExamples
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.ledger.same_data import same_data_set
 from opacus_pi.models.batches import size_of
@@ -41,6 +42,13 @@ from opacus_pi.unlearning.deletion_log import (
     read_entries,
 )
 from opacus_pi.unlearning.entry_checks import payload_text
+from opacus_pi.unlearning.erased_data import (
+    Remaining,
+    num_examples_in,
+    remaining_in,
+    what_remains,
+    without_erased,
+)
 from opacus_pi.unlearning.honouring_weights import (
     StoredWeights,
     load_weights_,
@@ -53,7 +61,12 @@ from opacus_pi.unlearning.rewind import require_states
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
 from opacus_pi.unlearning.user_names import UserNames
 
-__all__ = ["DeletionRequest", "DeletionRequests", "requested_indices"]
+__all__ = [
+    "DeletionRequest",
+    "DeletionRequests",
+    "remaining_by_log",
+    "requested_indices",
+]
 
 _LISTS_OF_EXAMPLES = {
     "forget_indices": "num_forget",
@@ -63,6 +76,10 @@ _DELTA = 1e-5  # at which the log states ε if the guarantee names no δ
 _NUM_FIRST = 8  # entries whose number of examples is looked at before one is added
 _MAX_DIGITS = 1000  # of a whole number as a name
 _HEX = set("0123456789abcdef")
+_IF_ERASED = (
+    "If only data of forgotten examples were erased, pass "
+    "DeletionRequests.erased(data_set)."
+)
 
 
 @dataclass(frozen=True)
@@ -340,7 +357,7 @@ class DeletionRequests(Shown):
             "train_set",
             f"{size_of(train_set)} examples",
             f"must have {self.num_examples} examples, as this log's training set has",
-            "Pass the data set that the model was trained on.",
+            f"Pass the data set that the model was trained on. {_IF_ERASED}",
         )
         require_states(checkpoints, deletion_policy)
         if checkpoints is not None:
@@ -351,7 +368,8 @@ class DeletionRequests(Shown):
             honoured = self._resume(unlearner, found)
             finished = [number for number in found.pending if number in honoured]
             if finished:  # the process was killed before it could log "done"
-                self._log_done(finished, {"found": "in the stored weights"})
+                facts = {"found": "in the stored weights"}
+                self._log_done(finished, facts | _remaining(train_set, unlearner))
             pending = {n: r for n, r in found.pending.items() if n not in honoured}
             results = []
             for group in _groups(pending, together):
@@ -360,16 +378,44 @@ class DeletionRequests(Shown):
                 result = carry_out(train_set, rows, **options)
                 honoured |= set(group)
                 hashes = [found.hashes[number] for number in honoured]
-                results.append(self._complete(group, result, unlearner, hashes))
+                facts = _run_facts(result) | _remaining(train_set, unlearner)
+                self._complete(group, facts, unlearner, hashes)
+                names = [request.request_id for request in group.values()]
+                record = {**result.record, "requests": names}
+                results.append(replace(result, record=record))
         return results
+
+    def erased(self, data_set: Any) -> ErasedExamples:
+        """Return the training set after data of forgotten examples were erased.
+
+        Pass it to ``process`` and to ``Unlearner`` in place of the training set. All
+        examples keep their positions. The remaining ones are compared with the
+        fingerprint that the log stored when the latest request was carried out.
+
+        Args:
+            data_set: The training set without the examples that were forgotten: the
+                others in their old order, or all in their old places with anything in
+                place of the forgotten ones.
+
+        Returns:
+            A data set of the old length. To read an erased example is an error.
+
+        Raises:
+            ValueError: If the log does not say what remains, because no request was
+                carried out or an earlier release did it, or if anything but exactly
+                the forgotten examples is missing or changed.
+        """
+        self._requests()  # refuses the log of another training set
+        stored = stored_weights(self.weights_path, self.num_examples).forgotten
+        return without_erased(remaining_in(self.log.entries(), stored), data_set)
 
     def _complete(
         self,
         group: Mapping[int, DeletionRequest],
-        result: UnlearningResult,
+        facts: dict[str, Any],
         unlearner: Unlearner,
         honoured: list[str],
-    ) -> UnlearningResult:
+    ) -> None:
         """Store the weights of a run, then log that its requests were carried out.
 
         The order matters. If the process is killed between the two steps, the weights
@@ -378,19 +424,13 @@ class DeletionRequests(Shown):
 
         Args:
             group: The requests of the run, by the number of their entry.
-            result: The run's result.
+            facts: What the log stores about the run.
             unlearner: Its weights are stored.
             honoured: Hashes of the entries of all requests that the weights honour.
-
-        Returns:
-            The result, with the names of its requests in the record.
         """
-        facts = _run_facts(result)
         payload_text(facts)  # what the log would refuse is found before weights change
         store_weights(self.weights_path, unlearner, honoured)
         self._log_done([*group], facts)
-        names = [request.request_id for request in group.values()]
-        return replace(result, record={**result.record, "requests": names})
 
     def _log_done(self, numbers: list[int], facts: dict[str, Any]) -> None:
         """Log that requests were carried out, and by which weights."""
@@ -543,6 +583,41 @@ def _groups(
     return [{number: request} for number, request in pending.items()]
 
 
+def remaining_by_log(path: str | os.PathLike[str]) -> list[Remaining]:
+    """Return what a log says about the examples that remain, latest first.
+
+    No file is changed.
+
+    Args:
+        path: The deletion log.
+
+    Returns:
+        One entry for each run; an empty list if an earlier release wrote the log, or no
+        request was carried out.
+
+    Raises:
+        FileNotFoundError: If there is no such log.
+        ValueError: If the log or the weights are damaged.
+    """
+    entries = [*read_entries(path)]
+    size = num_examples_in(entries)
+    if size is None:
+        return []
+    requests_of(entries, size)  # refuses entries that no DeletionRequests wrote
+    stored = stored_weights(weights_path_of(path), size).forgotten
+    return remaining_in(entries, stored)
+
+
+def _remaining(train_set: Any, unlearner: Unlearner) -> dict[str, Any]:
+    """Return what the log stores about the examples that remain after a run.
+
+    Args:
+        train_set: The training set.
+        unlearner: Knows what was forgotten until now.
+    """
+    return {"remaining": what_remains(train_set, unlearner.forgotten)}
+
+
 def _run_facts(result: UnlearningResult) -> dict[str, Any]:
     """Return what the log stores about a run."""
     return {
@@ -682,7 +757,8 @@ def _require_data_set(entry: Entry, data_set: str | None) -> None:
         "data_set",
         data_set,
         f"must be {named}, the one in entry {entry.number} of the deletion log",
-        "The log belongs to another training set. Open the log of this one.",
+        "The log belongs to another training set. Open the log of this one. "
+        f"{_IF_ERASED}",
     )
 
 

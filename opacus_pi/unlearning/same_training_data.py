@@ -10,7 +10,12 @@ from collections.abc import Iterable
 
 from opacus_pi._validate import expect
 from opacus_pi.accounting.guarantee import Assumption, observed
-from opacus_pi.ledger.same_data import compared, difference, same_transforms
+from opacus_pi.ledger.same_data import (
+    compared,
+    difference,
+    num_erased,
+    same_transforms,
+)
 
 _STATEMENT = "the data set and its order are those of the recorded training"
 _PREPARED = "the transforms are those of the recorded training"
@@ -38,9 +43,22 @@ def same_data(recorded: Iterable[str | None], at_hand: str | None) -> Assumption
         return Assumption(_STATEMENT, True, "the ledger does not name its data set")
     found = [compared(name, at_hand) for name in names if name is not None]
     least = min(found, key=lambda one: one.covers_examples)
+    statement = _STATEMENT + _except_erased(num_erased(at_hand))
     if least.covers_examples:
-        return observed(_STATEMENT, least.evidence)
-    return Assumption(_STATEMENT, True, least.evidence)
+        return observed(statement, least.evidence)
+    return Assumption(statement, True, least.evidence)
+
+
+def _except_erased(number: int) -> str:
+    """Return the end of the statement about a data set with erased examples.
+
+    Args:
+        number: How many examples were forgotten before, and are not read any more.
+    """
+    if not number:
+        return ""
+    words = "1 example that was" if number == 1 else f"{number} examples that were"
+    return f", except for {words} forgotten before and may have been erased"
 
 
 def same_preparation(recorded: str, at_hand: str | None) -> Assumption:

@@ -39,6 +39,7 @@ from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.integration.rerun import Update
+from opacus_pi.ledger.erased_examples import not_erased
 from opacus_pi.ledger.run_identity import RunIdentity
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import training_copy
@@ -692,6 +693,7 @@ class Unlearner:
             retain: Positions of the retain set.
             forget: Positions of all examples to forget, those of earlier calls
                 included: a method that uses the forget set must not let them come back.
+                Erased examples cannot be read, and are left out.
             batch_size: Examples per batch.
             collate_fn: As for ``unlearn``.
 
@@ -712,8 +714,19 @@ class Unlearner:
                 collate_fn=collate_fn,
             )
 
-        wanted = self.method.needs_forget_set
-        return loader(retain, seed), loader(forget, seed + 1) if wanted else None
+        if not self.method.needs_forget_set:
+            return loader(retain, seed), None
+        readable = not_erased(train_set, forget)
+        expect(
+            len(readable) > 0,
+            "forget_indices",
+            "erased examples only",
+            "must have an example that can be read, because the method uses the "
+            "forget set",
+            "These examples were forgotten before. Leave them out, or use a method "
+            "that needs no forget set.",
+        )
+        return loader(retain, seed), loader(readable, seed + 1)
 
     def _settings(self) -> dict[str, Any]:
         """Return method, optimizer and seed, for JSON.

@@ -163,3 +163,20 @@ def test_oracles_add_up_and_those_without_facts_are_named(run, answer, tmp_path)
     assert found["oracles_not_checked"] == ["retrained.pt"]
     assert "Not checked: whether these models" in run(*EVALUATE, *both)[1]
     assert "Not checked" not in run(*EVALUATE, "--oracle", own)[1]
+
+
+def test_a_forgotten_set_after_the_data_of_another_were_erased(run, answer, tmp_path):
+    log, common = tmp_path / "deletions.db", (*MODEL, "--epochs", "1", "--log")
+    for ids in ("3,4", "7"):
+        answer("unlearn", *common, log, *DATA, "--forget", ids, "--out", tmp_path / ids)
+    weights = ("--model", "cli_project:build", "--weights", f"{log}.safetensors")
+    whole = answer("evaluate", *weights, *DATA, "--forget", "7", "--log", log)
+    assert whole["num_retain"] == 80
+    left = [word.replace("train_set", "blank_set") for word in DATA]
+    found = answer("evaluate", *weights, *left, "--forget", "7", "--log", log)
+    assert found["metrics"] == whole["metrics"]
+    words = ("evaluate", *weights, *left, "--log", log, "--forget")
+    code, _, err = run(*words, "3,4")
+    assert code == 2 and "--forget: all of these examples may have been erased" in err
+    code, _, err = run("evaluate", *weights, *DATA, "--forget", "7", "--log", "no.db")
+    assert code == 2 and "--log: no such file" in err

@@ -241,3 +241,38 @@ def test_a_test_set_that_does_not_fit_the_model_gets_no_request(run, tmp_path):
         sys.path.remove(str(tmp_path))
     assert code == 2 and "--test" in err and "shapes" in err
     assert not (tmp_path / "log.db").exists()
+
+
+@pytest.mark.parametrize("data", ["kept_set", "blank_set"])
+def test_requests_after_the_data_of_others_were_erased(run, answer, tmp_path, data):
+    log, ledger = tmp_path / "deletions.db", ("--ledger", "ledger.safetensors")
+    answer(*UNLEARN, "3,4", "--log", log, *ledger, "--out", tmp_path / "a")
+    words = [*UNLEARN]
+    words[words.index("cli_project:train_set")] = f"cli_project:{data}"
+    code, out, err = run(*words, "7", "--log", log, *ledger, "--out", tmp_path / "b")
+    assert (code, err) == (0, "")
+    assert out.startswith("2 forgotten examples may have been erased from the data set")
+    assert (
+        "except for 2 examples that were forgotten before and may have been erased"
+        in out
+    )
+    facts = json.loads((tmp_path / "b" / "record.json").read_text())
+    assert facts["forgotten_before"] == [3, 4] and facts["forget_indices"] == [7]
+    again = answer(*words, "3,8", "--log", log, "--out", tmp_path / "c")
+    assert again["num_erased"] == 2 and again["carried_out"] is True
+    head = verify(log).head
+    words[words.index(f"cli_project:{data}")] = "cli_project:other_set"
+    code, _, err = run(*words, "9", "--log", log, "--out", tmp_path / "d")
+    assert code == 2 and "--data: The data set has 120 examples" in err
+    assert "without exactly the examples that were forgotten" in err
+    assert verify(log).head == head and not (tmp_path / "d").exists()
+
+
+def test_nothing_is_measured_on_erased_examples(answer, tmp_path):
+    log = tmp_path / "deletions.db"
+    answer(*UNLEARN, "3,4", "--log", log, "--out", tmp_path / "a")
+    words = [w.replace("train_set", "kept_set") for w in UNLEARN]
+    name = ("--request-id", "again")
+    with pytest.warns(UserWarning, match="forgotten before"):
+        found = answer(*words, "4", "--log", log, *name, "--out", tmp_path / "b")
+    assert found["carried_out"] is True and found["before"] == {}
