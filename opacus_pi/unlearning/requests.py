@@ -267,7 +267,9 @@ class DeletionRequests(Shown):
         Its name, its user and its indices are removed for good. The log keeps
         that a request was made and carried out, with both times, and still verifies.
         The weights file keeps the positions of all forgotten examples, without saying
-        who asked: no later run may train on them. The name is free again.
+        who asked: no later run may train on them. The name is free again. Other files
+        are not changed: ``record.json`` in the directory of a run lists the positions
+        and the names of the run's requests.
 
         Args:
             request_id: The request's name.
