@@ -32,7 +32,7 @@ from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.recording.checkpoints import Checkpoints
 from opacus_pi.unlearning.claims import EngineFacts, History, claim
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan, require_rest
-from opacus_pi.unlearning.requests import requested_indices
+from opacus_pi.unlearning.requests import forgotten_exactly_by, requested_indices
 from opacus_pi.unlearning.rewind import RecordedTraining, RewindPlan
 
 
@@ -120,7 +120,10 @@ def _rewind(
     size = training.record.num_examples
     distinct_indices("forget_indices", plan.forget, size)
     require_rest(size - len(np.union1d(plan.forget, plan.forgotten_before)), size)
-    return training.plan(plan.forget, plan.forgotten_before, deletion_policy)
+    exactly = np.empty(0, dtype=np.int64)
+    if options.log is not None:
+        exactly = forgotten_exactly_by(options.log, size)
+    return training.plan(plan.forget, plan.forgotten_before, deletion_policy, exactly)
 
 
 def _requested_before(log: str | None, ledger: GradNormLedger) -> NDArray[np.int64]:

@@ -46,6 +46,7 @@ class ParticipationLog:
         self.directory, self.facts = directory, dict(facts)
         self.num_steps = self._num_written = 0
         self._num_blocks, self._is_new = 0, False
+        self._weights: str | None = None  # of the last block
         self._samples: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         self._updates: list[UpdateSettings] = []
         self._rates: list[tuple[float, ...]] = []
@@ -102,12 +103,16 @@ class ParticipationLog:
     def write(self, kept: tuple[int, ...], weights: str = "") -> None:
         """Write the samples and updates added since the last block, if there are any.
 
+        A block is also written if the last one has another name of the weights: it was
+        written within an update.
+
         Args:
             kept: Updates whose states are kept.
             weights: Name of the weights after the last update, if it is known.
         """
-        if not self._is_new:
+        if not self._is_new and self._weights in (None, weights):
             return
+        self._weights = weights
         arrays, texts = self._arrays(), self._texts(kept, weights)
         self._num_blocks += 1
         path = self.directory / f"{_PREFIX}{self._num_blocks:08d}.safetensors"

@@ -250,7 +250,12 @@ def _run_rows(run: Facts) -> dict[str, Any]:
     }
     if "mean_loss" in forget:
         forgotten["mean loss of the forget set"] = forget["mean_loss"]
-        forgotten["its percentile among all examples"] = f"{forget['percentile']:.1f}"
+        place = forget["percentile"]
+        forgotten["its percentile among all examples"] = (
+            "none, because most examples have the same loss"
+            if place is None
+            else f"{place:.1f}"
+        )
     goes_back = run["method"] in _REWINDS
     return {
         "forgotten": forgotten,

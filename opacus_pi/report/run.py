@@ -18,7 +18,7 @@ from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.report.belonging import require_same_training
 from opacus_pi.report.scores import Scores
-from opacus_pi.unlearning.plan import percentile
+from opacus_pi.unlearning.plan import percentile_of
 
 TOLERANCE = 0.05  # a run is near the retrained models when it is that close, absolute
 MEANING = {
@@ -144,8 +144,9 @@ def _forget_set(record: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
     before = len(record.get("forgotten_before", []))
     facts: dict[str, Any] = {"size": len(forget), "forgotten_before": before}
     if len(forget) and np.isin(forget, scores.ids).all():
-        mean = float(scores.losses[np.isin(scores.ids, forget)].mean())
-        facts |= {"mean_loss": mean, "percentile": percentile(mean, scores.losses)}
+        columns = np.flatnonzero(np.isin(scores.ids, forget))
+        facts["mean_loss"] = float(scores.losses[columns].mean())
+        facts["percentile"] = percentile_of(scores.losses, columns)
     return facts
 
 

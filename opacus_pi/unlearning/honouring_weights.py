@@ -37,6 +37,8 @@ class StoredWeights:
         entries: Hashes of the entries of the requests that they honour.
         names: In files of earlier releases, the names of those requests instead.
         forgotten: Positions in the training set, sorted.
+        forgotten_exactly: Those that an exact rewind has forgotten. Files of earlier
+            releases do not say it: then all, so that no later run weakens a request.
         history: The runs that the weights went through.
     """
 
@@ -44,6 +46,7 @@ class StoredWeights:
     entries: frozenset[str] = frozenset()
     names: frozenset[str] = frozenset()
     forgotten: tuple[int, ...] = ()
+    forgotten_exactly: tuple[int, ...] = field(default=(), kw_only=True)
     history: History = field(default_factory=History)
 
 
@@ -70,6 +73,7 @@ def store_weights(path: Path, unlearner: Unlearner, entries: Iterable[str]) -> N
     facts = {
         "honoured_entries": json.dumps(sorted(entries)),
         "forgotten": json.dumps(unlearner.forgotten.tolist()),
+        "forgotten_exactly": json.dumps(unlearner.forgotten_exactly.tolist()),
         "history": unlearner.history.text,
     }
     write_weights(path, UNLEARNED_WEIGHTS, unlearner.model.state_dict(), facts)
@@ -94,11 +98,14 @@ def stored_weights(path: Path, num_examples: int) -> StoredWeights:
     by_hash = "honoured_entries" in facts
     honoured = _list_from(facts.get("honoured_entries" if by_hash else "honoured"))
     rows = _list_from(facts.get("forgotten"))
+    exactly = _list_from(facts.get("forgotten_exactly", facts.get("forgotten")))
     history = history_from_json(facts.get("history"))
     expect(
         history is not None
         and all(isinstance(name, str) for name in honoured)
-        and all(type(row) is int and 0 <= row < num_examples for row in rows),
+        and all(type(row) is int and 0 <= row < num_examples for row in rows)
+        and all(type(row) is int for row in exactly)
+        and set(exactly) <= set(rows),
         "weights_path",
         path,
         "must be a file that lists the requests that its weights honour, the "
@@ -108,7 +115,9 @@ def stored_weights(path: Path, num_examples: int) -> StoredWeights:
     )
     entries, names = (honoured, ()) if by_hash else ((), honoured)
     return StoredWeights(
-        state, frozenset(entries), frozenset(names), tuple(rows), cast(History, history)
+        *(state, frozenset(entries), frozenset(names), tuple(rows)),
+        cast(History, history),
+        forgotten_exactly=tuple(exactly),
     )
 
 

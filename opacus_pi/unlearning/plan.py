@@ -23,7 +23,7 @@ from opacus_pi._validate import distinct_indices, expect, numbers, positive, req
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
 from opacus_pi.accounting.conversion import large_delta
-from opacus_pi.accounting.guarantee import Guarantee, rounded_up
+from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.difficulty.forget_sets import ties
 from opacus_pi.ledger.grad_norm_ledger import columns_of
 from opacus_pi.unlearning.rewind import RewindPlan
@@ -34,9 +34,9 @@ _UNKNOWN = Guarantee("an unlearning method that was not named", ())
 _LARGE = 10.0  # e^ε is then above 20,000
 _WEAK = (
     "\nAt ε = {epsilon} the bound excludes almost nothing: it lets an event be "
-    "e^{epsilon} times as probable as after retraining. An exact "
-    "rewind has ε = 0, if the training saved states (Recorder(checkpoints=...))."
+    "e^{epsilon} times as probable as after retraining. An exact rewind has ε = 0{how}"
 )
+_HOW = ", if the training saved states (Recorder(checkpoints=...))."
 _OF_THE_KEPT = (
     "\nThe unlearning steps train on the examples that are kept, and the accounting of "
     "the training does not cover these steps. The ε of the kept examples does not hold "
@@ -61,7 +61,8 @@ class Plan(Shown):
         num_retain: Examples to fine-tune on, without those forgotten before.
         order: Rényi order of the losses.
         mean_loss: Mean privacy loss of the forget set, the paper's difficulty.
-        percentile: Percentage of all examples whose loss is below ``mean_loss``.
+        percentile: Percentage of all examples whose loss is below ``mean_loss``; None
+            if most examples have the same loss as one in the set.
         ranking_only: Whether the loss uses an assumed noise (training added none): then
             only the order of sets has a meaning, not the size of the loss.
         steps_per_epoch: Updates per pass over the retain set.
@@ -87,7 +88,7 @@ class Plan(Shown):
     num_retain: int
     order: float
     mean_loss: float
-    percentile: float
+    percentile: float | None
     ranking_only: bool
     steps_per_epoch: int
     predicted_epochs: float | None
@@ -194,7 +195,7 @@ class Plan(Shown):
 
     def _place(self) -> str:
         """Say where the mean loss lies among all; a large tie has no percentile."""
-        if 2 * self.num_tied > self.num_retain:
+        if self.percentile is None:
             return "without a percentile, because most examples have the same loss"
         return f"percentile {self.percentile:.1f}"
 
@@ -205,7 +206,9 @@ class Plan(Shown):
         epsilon = self.guarantee.epsilon(delta)
         if not self.guarantee.kind.startswith("certified") or epsilon <= _LARGE:
             return _OF_THE_KEPT
-        return _OF_THE_KEPT + _WEAK.format(epsilon=rounded_up(epsilon, 2))
+        number = f"{math.ceil(epsilon)}" if math.isfinite(epsilon) else "inf"
+        how = _HOW if self.rewind is None else "."
+        return _OF_THE_KEPT + _WEAK.format(epsilon=number, how=how)
 
     def _by_rewind(self, delta: float) -> str:
         """Return the lines about the rewind; empty if no states were named."""
@@ -296,7 +299,7 @@ def make_plan(
         num_retain=num_retain,
         order=order,
         mean_loss=mean,
-        percentile=percentile(mean, losses),
+        percentile=percentile_of(losses, columns),
         ranking_only=has_assumed_noise(runs),
         steps_per_epoch=math.ceil(num_retain / batch_size),
         predicted_epochs=epochs,
@@ -393,15 +396,46 @@ def _num_equal(losses: NDArray[np.float64], forget: NDArray[np.int64]) -> int:
         losses: Losses of all examples, ``(n,)``.
         forget: Positions of the set in ``losses``.
     """
-    levels = ties(losses)
-    inside = np.zeros(len(levels), dtype=bool)
-    inside[forget] = True
-    own, others = levels[inside], levels[~inside]
+    own, others = _levels(losses, forget)
     outside = int(np.isin(others, own).sum())
     by_loss = not ((own.min() < others) & (others < own.max())).any()
     if outside and by_loss and len(own) > 1:
         warnings.warn(_TIED.format(outside=outside), stacklevel=4)
     return outside
+
+
+def _levels(
+    losses: NDArray[np.float64], forget: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the ranks of the losses, equal for equal ones: in a set, and outside.
+
+    Args:
+        losses: Losses of all examples, ``(n,)``.
+        forget: Positions of the set in ``losses``.
+    """
+    levels = ties(losses)
+    inside = np.zeros(len(levels), dtype=bool)
+    inside[forget] = True
+    return levels[inside], levels[~inside]
+
+
+def percentile_of(
+    losses: NDArray[np.float64], forget: NDArray[np.int64]
+) -> float | None:
+    """Return where the mean loss of a set lies among the losses of all examples.
+
+    Args:
+        losses: Losses of all examples, ``(n,)``.
+        forget: Positions of the set in ``losses``.
+
+    Returns:
+        A number in [0, 100]. None if most examples outside the set have, up to
+        rounding, the loss of one in it: they cannot be told apart by loss.
+    """
+    own, others = _levels(losses, forget)
+    if 2 * np.isin(others, own).sum() > len(others):
+        return None
+    return percentile(float(losses[forget].mean()), losses)
 
 
 def budget_of(

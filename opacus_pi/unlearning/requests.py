@@ -462,6 +462,10 @@ class DeletionRequests(Shown):
             load_weights_(unlearner.model, stored, self.weights_path)
             forgotten = np.array(stored.forgotten, dtype=np.int64)
             unlearner.forgotten = np.union1d(unlearner.forgotten, forgotten)
+            exactly = np.array(stored.forgotten_exactly, dtype=np.int64)
+            unlearner.forgotten_exactly = np.union1d(
+                unlearner.forgotten_exactly, exactly
+            )
             unlearner.history = unlearner.history.joined(stored.history)
         return honoured
 
@@ -574,6 +578,22 @@ def requested_indices(
         )
         named |= set(stored.forgotten)
     return np.array(sorted(named), dtype=np.int64)
+
+
+def forgotten_exactly_by(
+    path: str | os.PathLike[str], num_examples: int
+) -> NDArray[np.int64]:
+    """Return the examples that exact rewinds of a log's requests have forgotten.
+
+    Args:
+        path: The deletion log. Only the weights beside it are read.
+        num_examples: Length of the training set.
+
+    Raises:
+        ValueError: If the weights are damaged.
+    """
+    stored = stored_weights(weights_path_of(path), num_examples)
+    return np.array(stored.forgotten_exactly, dtype=np.int64)
 
 
 def _groups(

@@ -11,6 +11,10 @@ the policy; often nothing has to be trained again at all
 (``accounting.filtered_rewind``). Where the policy allows what any set of this size can
 do in the worst case, every deletion is free, and no charge is even looked at.
 
+*Both.* Examples that an exact rewind has forgotten stay exactly forgotten: a later
+filtered rewind goes back before their first use, too. When that was depends on the
+draws alone, so the filter still does not look ahead.
+
 *What breaks them:* a record that does not know who was in a batch; states of another
 run; hyper-parameters, or requests, that were chosen by looking at the trained model.
 The exact rewind also holds for models with BatchNorm, whose statistics are in the
@@ -75,6 +79,7 @@ __all__ = ["RewindPlan"]
 _ORDERS = DEFAULT_ORDERS[::3]
 _OF_DRAWS = ("draw", "schedule", "identity", "rows", "weights")
 _OF_CHARGES = ("model", "norm", "noise")
+_NO_EXAMPLES = np.empty(0, dtype=np.int64)
 _AGAIN = "Train again with Recorder(checkpoints=Checkpoints(directory, every=...))."
 _DECLARED = (
     (
@@ -121,6 +126,10 @@ class RewindPlan:
         num_bytes: Size of the state's file; 0 if no file is read.
         policy: The deletion policy, or None for an exact rewind.
         guarantee: What may be claimed afterwards.
+        exact_start: For a filtered rewind, where an exact one would start; None: it has
+            no state to go back to, or the rewind is exact.
+        num_kept_exact: How many of ``forgotten_before`` an exact rewind has forgotten,
+            and limit how late a filtered one may start.
     """
 
     forget: NDArray[np.int64]
@@ -133,6 +142,8 @@ class RewindPlan:
     num_bytes: int
     policy: DeletionPolicy | None
     guarantee: Guarantee
+    exact_start: int | None = None
+    num_kept_exact: int = 0
 
     @property
     def is_free(self) -> bool:
@@ -147,13 +158,24 @@ class RewindPlan:
     @property
     def cost_text(self) -> str:
         """How far back the rewind goes, and what is trained again, in words."""
+        kept = better = ""
+        if self.num_kept_exact:
+            kept = (
+                " This is before the first use of examples that an exact rewind forgot "
+                f"before ({self.num_kept_exact}), which stay exactly forgotten."
+            )
+        if self.exact_start is not None and self.exact_start >= self.start:
+            better = (
+                " An exact rewind (without the deletion policy) makes no more updates "
+                "and has ε = 0."
+            )
         if self.is_free:
-            return "The trained model can be kept: nothing is trained again."
+            return f"The trained model can be kept: nothing is trained again.{better}"
         return (
             f"Go back to the state after update {self.start} of {self.num_steps} "
             f"({self.num_bytes} bytes) and make {self.num_updates} "
             f"updates again: {self.cost:.1%} of the training, about "
-            f"{self.num_samples:.0f} samples."
+            f"{self.num_samples:.0f} samples.{kept}{better}"
         )
 
     @property
@@ -170,6 +192,7 @@ class RewindPlan:
             "policy": None if self.policy is None else asdict(self.policy),
             "start": self.start,
             "num_steps": self.num_updates,
+            "num_kept_exact": self.num_kept_exact,
         }
 
     @property
@@ -360,7 +383,7 @@ class RecordedTraining:
             start = restart_update(record, gone, policy.mu, steps)
         require(
             start in steps or start == record.num_steps,
-            f"An example of forget_indices was first drawn in update {first}, and no "
+            f"An example to forget was first drawn in update {first}, and no "
             "state was saved before it (states were saved after the updates "
             f"{list(steps[:5])}).",
             "Retrain from the start without these examples.",
@@ -523,6 +546,7 @@ class RecordedTraining:
         forget: NDArray[np.int64],
         forgotten_before: NDArray[np.int64],
         policy: DeletionPolicy | None,
+        forgotten_exactly: NDArray[np.int64] = _NO_EXAMPLES,
     ) -> RewindPlan:
         """Return the plan for a set, with what may be claimed afterwards.
 
@@ -530,17 +554,24 @@ class RecordedTraining:
             forget: The examples to forget, sorted.
             forgotten_before: Examples of earlier requests.
             policy: The deletion policy; None: an exact rewind.
+            forgotten_exactly: Those of ``forgotten_before`` that an exact rewind has
+                forgotten. They stay so.
 
         Raises:
             ValueError: As ``start``, or if the policy is not that of the run, or the
                 updates that must be made again were made under changing conditions.
         """
         record, gone = self.record, np.union1d(forgotten_before, forget)
-        worst = None
+        worst, first = None, record.first_updates()
+        used = forgotten_exactly[first[forgotten_exactly] <= record.num_steps]
+        exact = used if policy is not None else _NO_EXAMPLES
         if policy is not None:
             self._require_policy(policy)
+        if policy is not None and not len(exact):  # else the model would have them
             worst = self._worst_case(forget, forgotten_before, policy)
         start = record.num_steps if worst is not None else self.start(gone, policy)
+        if len(exact):
+            start = min(start, self.start(exact, None))
         _require_same_conditions(record, start)
         left = record.num_steps - start
         expected = left * record.sample_rate * (record.num_examples - len(gone))
@@ -552,16 +583,38 @@ class RecordedTraining:
             forgotten_before=forgotten_before,
             start=start,
             num_steps=record.num_steps,
-            first_update=int(record.first_updates()[gone].min()),
+            first_update=int(first[gone].min()),
             updates_per_epoch=1 / record.sample_rate,
             num_samples=expected,
             num_bytes=self.states.size(start) if left else 0,
             policy=policy,
-            guarantee=worst or self._guarantee(start, policy),
+            guarantee=worst or self._guarantee(start, policy, len(exact)),
+            exact_start=None if policy is None else self._exact_start(gone),
+            num_kept_exact=len(exact),
         )
 
-    def _guarantee(self, start: int, policy: DeletionPolicy | None) -> Guarantee:
-        """Return what may be claimed for a model that goes back to an update."""
+    def _exact_start(self, gone: NDArray[np.int64]) -> int | None:
+        """Return where an exact rewind would start; None if it has no state for it.
+
+        Args:
+            gone: All examples that are forgotten after it.
+        """
+        try:
+            return self.start(gone, None)
+        except ValueError:
+            return None
+
+    def _guarantee(
+        self, start: int, policy: DeletionPolicy | None, num_exact: int
+    ) -> Guarantee:
+        """Return what may be claimed for a model that goes back to an update.
+
+        Args:
+            start: The update to go back to.
+            policy: The deletion policy; None: an exact rewind.
+            num_exact: How many examples an exact rewind forgot before, of those that
+                the training had used.
+        """
         facts = [
             observed(
                 "every use of the examples is in the record of participations",
@@ -594,6 +647,13 @@ class RecordedTraining:
                 reverse_divergences=zeros,
                 statements=[pair],
             )
+        if num_exact:
+            stay = derived(
+                "examples that an exact rewind forgot before stay exactly forgotten "
+                f"({num_exact}; for them alone ε = 0)",
+                f"the state after update {start} was saved before their first use",
+            )
+            facts.insert(0, stay)
         return self._filtered_guarantee(start, policy, facts)
 
     def _filtered_guarantee(

@@ -81,6 +81,16 @@ _NOTHING_NEW = (
     "Every example of forget_indices was forgotten before: nothing new is forgotten. "
     "The model is only trained further on the rest."
 )
+_STAYS = (
+    "Every example of forget_indices was forgotten before, by a rewind that left the "
+    "weights of this model. They are kept: nothing is trained again."
+)
+_REWOUND_AGAIN = (
+    "Every example of forget_indices was forgotten before, but nothing shows that this "
+    "model is what such a rewind leaves for all examples that were forgotten so far: "
+    "it was trained further, or another kind of run forgot some of them. So the "
+    "rewind is made again."
+)
 _NO_UPDATE = (
     "num_epochs=0 makes no update: the model keeps the weights that were trained with "
     "the forget set, and the guarantee is what holds for these. Pass num_epochs=1 or "
@@ -135,6 +145,8 @@ class Unlearner:
         trace: The latest ``unlearn``'s trace, readable while it runs and after an
             interrupt.
         forgotten: int64, sorted: every example that ``unlearn`` was asked to forget.
+        forgotten_exactly: int64, sorted: those that an exact rewind has forgotten. No
+            later run uses them.
         history: What the guarantee needs to know about the runs of this model.
     """
 
@@ -173,6 +185,7 @@ class Unlearner:
         self.ledger = ledger
         self.trace = UnlearningTrace(unit="epochs")
         self.forgotten: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.forgotten_exactly: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._data_set: str | None = None
         self.history = History()
         self._criterion = per_example_criterion(criterion)
@@ -431,7 +444,9 @@ class Unlearner:
         size = training.record.num_examples
         forget = distinct_indices("forget_indices", forget_indices, size)
         require_rest(size - len(np.union1d(self.forgotten, forget)), size)
-        return training.plan(forget, self.forgotten, deletion_policy)
+        return training.plan(
+            forget, self.forgotten, deletion_policy, self.forgotten_exactly
+        )
 
     def rewind(
         self,
@@ -453,7 +468,10 @@ class Unlearner:
         sample rate and learning rates, and with new random numbers.
 
         A second call is a second request: it covers the sets of both, and starts from
-        the states of the recorded training again.
+        the states of the recorded training again. What an exact rewind has forgotten
+        stays exactly forgotten: a later one with a policy starts before the first use
+        of these examples. A request for examples that were all forgotten before keeps
+        the model if a rewind left it; a warning says whether it did.
 
         Args:
             train_set: The data set that the model was trained on.
@@ -480,17 +498,23 @@ class Unlearner:
         """
         forget, _, _ = self._split(train_set, forget_indices)
         training = self._recorded(checkpoints, fingerprint(train_set))
-        plan = training.plan(forget, self.forgotten, deletion_policy)
-        rerun = training.rest(
-            plan,
-            train_set,
-            Loop(self._criterion, update, self._given_optimizer, collate_fn),
-            seed=int(torch.randint(2**62, (), generator=self._generator)),
+        plan = training.plan(
+            forget, self.forgotten, deletion_policy, self.forgotten_exactly
         )
+        stays = self._is_rewound(forget, deletion_policy)
+        rerun = None
+        if not stays:
+            rerun = training.rest(
+                plan,
+                train_set,
+                Loop(self._criterion, update, self._given_optimizer, collate_fn),
+                seed=int(torch.randint(2**62, (), generator=self._generator)),
+            )
         record = {
             "data_set": fingerprint(train_set),
             "started": _now(),
             **plan.facts(),
+            **({"num_steps": 0} if stays else {}),
         }
         self.trace, clock = UnlearningTrace(unit="epochs"), time.perf_counter()
         self._evaluate_at(0, evaluate)
@@ -500,13 +524,39 @@ class Unlearner:
                 pass
         # Only now: an update that fails leaves the unlearner as it was.
         self.model = copy.deepcopy(self.model) if rerun is None else rerun.model
-        self.forgotten, self.history = plan.gone, History()
+        left = weights_name(self.model)
+        self.forgotten, self.history = plan.gone, History(left=left)
+        if deletion_policy is None:
+            self.forgotten_exactly = plan.gone
         if rerun is not None:
             self._evaluate_at(plan.num_updates / plan.updates_per_epoch, evaluate)
         self.model.eval()
         self.trace.cost["seconds"] = time.perf_counter() - clock
-        record |= self.trace.cost | self._origin(weights_name(self.model))
+        record |= self.trace.cost | self._origin(left)
         return UnlearningResult(self.model, self.trace, plan.guarantee, record)
+
+    def _is_rewound(
+        self, forget: NDArray[np.int64], policy: DeletionPolicy | None
+    ) -> bool:
+        """Return whether a rewind for these examples has left the present model.
+
+        Warns if all of them were forgotten before: the caller may not expect what
+        follows.
+
+        Args:
+            forget: The examples to forget.
+            policy: The deletion policy; None: an exact rewind, which all examples that
+                were forgotten before must have had, too.
+        """
+        if not np.isin(forget, self.forgotten).all():
+            return False
+        is_enough = policy is not None or np.array_equal(
+            self.forgotten, self.forgotten_exactly
+        )
+        left = self.history.left if not self.history.trained else ""
+        stays = is_enough and left == weights_name(self.model)
+        warnings.warn(_STAYS if stays else _REWOUND_AGAIN, stacklevel=3)
+        return stays
 
     def _origin(self, left: str) -> dict[str, Any]:
         """Return what ties a run to its training and to its result, for the record.

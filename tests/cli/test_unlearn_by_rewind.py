@@ -175,3 +175,17 @@ def test_what_cannot_be_planned_is_refused(run, trained, tmp_path):
         code, out, err = run(*arguments)
         assert (code, out) == (2, ""), arguments
         assert re.search(message, err), err
+
+
+def test_a_request_by_policy_does_not_weaken_an_exact_one(answer, trained, tmp_path):
+    folder, first = trained
+    a, b = first.argsort()[:2].tolist()
+    log, ledger = tmp_path / "d.db", ("--ledger", folder / "ledger.safetensors")
+    head = (*words(folder, *ledger), "--log", log)
+    answer(*head, "--forget", a, "--out", tmp_path / "a")
+    states = planned(folder, *ARCHITECTURE, "--policy", "--log", log)
+    plan = answer(*states, "--forget", b)["rewind"]
+    made = answer(*head, "--policy", "--forget", b, "--out", tmp_path / "b")
+    record = json.loads((tmp_path / "b" / "record.json").read_text())
+    assert record["start"] == plan["start"] < first[a]
+    assert "stay exactly forgotten" in json.dumps(made["guarantee"])

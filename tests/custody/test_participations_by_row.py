@@ -136,6 +136,13 @@ def test_a_saved_state_comes_with_the_participations_of_its_last_update(tmp_path
     assert not record.num_unattributed.any()
 
 
+def test_a_state_of_the_last_update_comes_with_the_name_of_the_weights(tmp_path):
+    states = Checkpoints(tmp_path / "states", every=2)
+    run = CountedRun("monitored", 1, checkpoints=states).train(4)
+    wanted = run.engine.ledger.weights
+    assert wanted.startswith("sha256:") and states.record.weights == wanted
+
+
 def test_updates_of_unknown_batches_are_those_of_their_row(tmp_path):
     states = Checkpoints(tmp_path / "states", every=2)
     run = CountedRun("monitored", [1, 2, 4], checkpoints=states).train(1)

@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
+from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
+from opacus_pi.files.weights_file import write_weights
 from opacus_pi.unlearning import requests as requests_module
 from opacus_pi.unlearning.deletion_log import verify
-from opacus_pi.unlearning.requests import DeletionRequests
+from opacus_pi.unlearning.honouring_weights import stored_weights
+from opacus_pi.unlearning.requests import DeletionRequests, forgotten_exactly_by
 from tests.integration.rewinding import SIZE, Saved, weights
 
 POLICY = DeletionPolicy(2.0, 1e-5)
@@ -116,3 +120,46 @@ def test_an_entry_that_the_log_would_refuse_changes_no_weights(
         )
         mine.process(saved.unlearner(), saved.data, checkpoints=saved.states)
     assert not mine.weights_path.exists() and len(mine.pending) == 2
+
+
+def test_a_later_process_by_policy_leaves_exact_requests_exact(tmp_path, saved):
+    first = saved.states.record.first_updates()
+    exact, other = (int(i) for i in np.argsort(first, kind="stable")[:2])
+    mine = requests(tmp_path)
+    mine.submit("a", indices=[exact])
+    mine.process(saved.unlearner(), saved.data, checkpoints=saved.states)
+    assert forgotten_exactly_by(mine.log.path, SIZE).tolist() == [exact]
+    mine.redact("a")
+    mine.submit("b", indices=[other])
+    by_policy = {"checkpoints": saved.states, "deletion_policy": POLICY}
+    fresh = saved.unlearner()
+    (result,) = requests(tmp_path).process(fresh, saved.data, **by_policy)
+    assert result.record["start"] < first[exact]
+    assert result.record["num_kept_exact"] == 1
+    assert fresh.forgotten_exactly.tolist() == [exact]
+
+
+def test_a_request_for_forgotten_examples_is_free(tmp_path, saved):
+    mine, (first, second) = submitted(tmp_path, saved)
+    mine.process(saved.unlearner(), saved.data, checkpoints=saved.states)
+    mine.submit("again", indices=[first, second])
+    fresh = saved.unlearner()
+    with pytest.warns(UserWarning, match="nothing is trained again"):
+        (result,) = requests(tmp_path).process(
+            fresh, saved.data, checkpoints=saved.states
+        )
+    assert result.record["num_steps"] == 0 and mine.pending == []
+
+
+def test_weights_of_an_earlier_release_count_as_exact(tmp_path, saved):
+    mine, rows = submitted(tmp_path, saved)
+    mine.process(saved.unlearner(), saved.data, checkpoints=saved.states)
+    with safetensors.safe_open(mine.weights_path, "pt") as file:
+        facts = file.metadata()
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    del facts["forgotten_exactly"]
+    old = tmp_path / "old.safetensors"
+    facts.pop("checksum", None)
+    kept = {k: facts[k] for k in ("honoured_entries", "forgotten", "history")}
+    write_weights(old, UNLEARNED_WEIGHTS, state, kept)
+    assert sorted(stored_weights(old, SIZE).forgotten_exactly) == sorted(rows)

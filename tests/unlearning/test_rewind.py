@@ -97,9 +97,10 @@ def test_the_result_does_not_depend_on_what_the_example_was(private):
 def test_two_rewinds_draw_different_noise(private):
     example, _ = private.late(4)
     unlearner = private.unlearner()
+    other = private.unlearner()
     one, two = (
-        unlearner.rewind(private.data, [example], checkpoints=private.states).model
-        for _ in range(2)
+        each.rewind(private.data, [example], checkpoints=private.states).model
+        for each in (unlearner, other)
     )
     assert not torch.equal(weights(one), weights(two))
 
@@ -542,3 +543,110 @@ def test_a_training_with_hooks_on_its_steps_needs_their_update(
         run.data, [early], checkpoints=run.states, update=update
     )
     assert result.guarantee.epsilon(1e-5) == 0.0
+
+
+# ------------------------------------------- several requests, exact and by policy
+def exact_then_by_policy(saved):
+    """Two examples: an exact rewind for one starts before the policy's of both."""
+    first = saved.states.record.first_updates()
+    states = saved.states.steps
+    for a in np.argsort(first):
+        for b in range(SIZE):
+            both = restart_update(saved.states.record, [a, b], POLICY.mu, states)
+            if a != b and first[a] - 1 < both:
+                return int(a), int(b), int(first[a]) - 1
+    raise AssertionError("no such pair")
+
+
+def test_a_request_by_policy_leaves_an_exact_one_exact(private):
+    a, b, before_a = exact_then_by_policy(private)
+    by_policy = {"checkpoints": private.states, "deletion_policy": POLICY}
+    unlearner = private.unlearner()
+    unlearner.rewind(private.data, [a], checkpoints=private.states)
+    assert unlearner.forgotten_exactly.tolist() == [a]
+    plan = unlearner.plan_rewind([b], **by_policy)
+    assert plan.start <= before_a and plan.num_kept_exact == 1
+    assert "which stay exactly forgotten" in plan.text()
+    assert plan.guarantee.epsilon(POLICY.delta) == POLICY.epsilon
+    kept = [x for x in plan.guarantee.assumptions if "stay exactly" in x.statement]
+    assert len(kept) == 1 and kept[0].met
+    result = unlearner.rewind(private.data, [b], **by_policy)
+    assert result.record["start"] == plan.start
+    third = int(np.setdiff1d(np.arange(SIZE), [a, b])[0])
+    assert unlearner.plan_rewind([third], **by_policy).start <= before_a
+
+
+def test_an_example_that_was_never_drawn_limits_no_later_rewind(tmp_path):
+    policy = DeletionPolicy(2.0, 1e-5)
+    saved = Saved(tmp_path / "s", policy, noise=2.0, train=False)
+    saved.train(1)
+    first = saved.states.record.first_updates()
+    never, drawn = np.flatnonzero(first > 5)[0], np.flatnonzero(first <= 5)[0]
+    unlearner = saved.unlearner()
+    options = {"checkpoints": saved.states, "deletion_policy": policy}
+    wanted = unlearner.plan_rewind([never, drawn], **options).start
+    unlearner.rewind(saved.data, [never], checkpoints=saved.states)
+    plan = unlearner.plan_rewind([drawn], **options)
+    assert (plan.start, plan.num_kept_exact) == (wanted, 0)
+
+
+def test_the_worst_case_of_the_policy_does_not_bring_an_exact_one_back(tmp_path):
+    policy = DeletionPolicy(1000.0, 1e-5)
+    saved = Saved(tmp_path / "s", policy)
+    example, first = saved.late(4)
+    other = (example + 1) % SIZE
+    options = {"checkpoints": saved.states, "deletion_policy": policy}
+    unlearner = saved.unlearner()
+    assert unlearner.plan_rewind([other], **options).is_free
+    unlearner.rewind(saved.data, [example], checkpoints=saved.states)
+    assert unlearner.plan_rewind([other], **options).start <= first - 1
+
+
+def test_a_plan_by_policy_says_if_an_exact_rewind_costs_no_more(private):
+    words, costs_no_more = "makes no more updates and has ε = 0", []
+    for example in range(SIZE):
+        plan = private.unlearner().plan_rewind(
+            [example], checkpoints=private.states, deletion_policy=POLICY
+        )
+        exact = private.unlearner().plan_rewind([example], checkpoints=private.states)
+        costs_no_more.append(exact.start >= plan.start)
+        assert (words in plan.text()) == costs_no_more[-1]
+        assert words not in exact.text()
+    assert not all(costs_no_more)
+
+
+def test_a_plan_with_states_does_not_ask_for_them(private):
+    options = {"checkpoints": private.states, "deletion_policy": POLICY}
+    plan = private.unlearner().plan([3], **options)
+    assert "if the training saved states" not in plan.text()
+
+
+@pytest.mark.parametrize("policy", [None, POLICY])
+def test_what_was_forgotten_before_is_not_trained_again(private, policy):
+    example, _ = private.late(4)
+    options = {"checkpoints": private.states, "deletion_policy": policy}
+    unlearner = private.unlearner()
+    done = unlearner.rewind(private.data, [example], **options)
+    with pytest.warns(UserWarning, match="nothing is trained again"):
+        again = unlearner.rewind(private.data, [example], **options)
+    assert torch.equal(weights(again.model), weights(done.model))
+    assert again.record["num_steps"] == 0
+    assert again.guarantee.epsilon(1e-5) == done.guarantee.epsilon(1e-5)
+    with torch.no_grad():
+        next(unlearner.model.parameters()).add_(1.0)
+    if not done.record["num_steps"]:
+        return  # the trained model would be kept, which this one is not any more
+    with pytest.warns(UserWarning, match="the rewind is made again"):
+        again = unlearner.rewind(private.data, [example], **options)
+    assert again.record["num_steps"] == done.record["num_steps"]
+
+
+def test_an_exact_rewind_after_one_by_policy_is_made(private):
+    example, _ = by_budget(private, "not free")
+    unlearner = private.unlearner()
+    unlearner.rewind(
+        private.data, [example], checkpoints=private.states, deletion_policy=POLICY
+    )
+    with pytest.warns(UserWarning, match="the rewind is made again"):
+        result = unlearner.rewind(private.data, [example], checkpoints=private.states)
+    assert result.record["num_steps"] > 0 and result.guarantee.epsilon(1e-9) == 0
