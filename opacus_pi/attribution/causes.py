@@ -9,7 +9,8 @@ one order). Its state says what follows for the samples concerned:
   without confirmation;
 * *largest*: they are several known examples in an order that is not known, and each
   example is charged the largest of their norms;
-* *repeated*: their example is known, and is in the batch a second time.
+* *repeated*: their example is known, and is in the batch a second time;
+* *beside*: their example is known, and the model was given something beside it.
 """
 
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ __all__ = [
     "REPEATED",
     "ROWS_IN_MODEL",
     "SEVERAL_BATCHES",
+    "SHARED_INPUT",
     "SOMETIMES",
     "TAKEN_OVER",
     "TRUSTED",
@@ -67,8 +69,8 @@ class Cause:
 
     Args:
         name: What was found, as a phrase.
-        state: ``"unattributed"``, ``"unchecked"``, ``"largest"`` or ``"repeated"``:
-            what follows for the samples (see above in this module).
+        state: ``"unattributed"``, ``"unchecked"``, ``"largest"``, ``"repeated"`` or
+            ``"beside"``: what follows for the samples (see above in this module).
         explanation: What was found and what to do about it, in sentences.
         link: The link of the chain of custody that is concerned.
         is_said: Whether a warning is given when the cause is found for the first time.
@@ -76,7 +78,7 @@ class Cause:
     """
 
     name: str
-    state: Literal["unattributed", "unchecked", "largest", "repeated"]
+    state: Literal["unattributed", "unchecked", "largest", "repeated", "beside"]
     explanation: str
     link: Literal["identity", "rows"] = "identity"
     is_said: bool = True
@@ -348,6 +350,19 @@ ANOTHER_INPUT = Cause(
     "The loop computed one of the model's inputs, so it is assumed to have the same "
     "examples in the same order as the other inputs. Compute this input in the data "
     "set, or within the model.",
+    link="rows",
+)
+SHARED_INPUT = Cause(
+    "an input that all examples share changed",
+    "beside",
+    "The loop gave the model, beside the examples, a number or a tensor that does not "
+    "have one row for each example, and its values changed from one forward pass to "
+    "another. If the loop computed them from examples, such as a mean of the batch, or "
+    "kept them from an earlier batch, such as a hidden state, the gradient of an "
+    "example depends on others, and max_grad_norm does not bound what they contribute. "
+    "Then compute them from each example alone, in the data set or within the model, "
+    "and begin each batch with a new hidden state. If they do not depend on the data, "
+    "as a schedule or random numbers do not, nothing needs to be done.",
     link="rows",
 )
 REPEATED = Cause(

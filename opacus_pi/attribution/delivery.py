@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opacus_pi._torch_compat import StorageWeakRef
 from opacus_pi.attribution.causes import Cause
 from opacus_pi.attribution.collate_identity import BY_CONSTRUCTION, CollateIdentity
 from opacus_pi.attribution.item_contents import SMALL, content_sums, joint_sums
@@ -148,6 +149,7 @@ class Delivery:
         batch: A copy of what the loop received, if the tracker keeps batches.
         targets: Copies of the targets in it, if only these are kept.
         looked_at_by: What has looked at the labels of the batch at its delivery.
+        shared: References to the memory of its other tensors.
         is_described: Whether ``tensors`` are all that the batch has.
         place: Which batch with samples of this pass it is, from 1; 0: it has none, or
             need not enter an update.
@@ -168,6 +170,7 @@ class Delivery:
     batch: Any = None
     targets: Any = None
     looked_at_by: Any = None
+    shared: list[StorageWeakRef] = field(default_factory=list)
     is_described: bool = False
     place: int = 0
     draw: Any = None
@@ -317,7 +320,7 @@ class Delivery:
         Gradients of many batches may wait for one update, and each of them keeps its
         delivery.
         """
-        self.tensors = []
+        self.tensors, self.shared = [], []
         self.__dict__.pop("differing", None)
 
 
@@ -476,6 +479,8 @@ def describe_delivery(
             delivery.tensors.append(
                 DeliveredTensor(tensor, dim, verify=verify, is_audited=is_audited)
             )
+        else:
+            delivery.shared.append(StorageWeakRef(tensor.untyped_storage()))
     delivery.is_described = _has_only(batch, len(delivery.tensors))
     return delivery
 

@@ -93,6 +93,7 @@ class ForwardProbe:
         if any(map(is_functorch_wrapped_tensor, given + outputs)):
             return  # within vmap or grad: no storage, and no backward pass will follow
         forward = tracker.bind_tensors(given)
+        tracker.saw_call(forward, given, args, kwargs)
         if tracker.keeps_outputs:
             forward.output_storages = [
                 storage_address(tensor.untyped_storage()) for tensor in outputs

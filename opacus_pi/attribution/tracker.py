@@ -62,6 +62,7 @@ from opacus_pi.attribution.causes import (
     PASSES_DISAGREE,
     REPEATED,
     ROWS_IN_MODEL,
+    SHARED_INPUT,
     TAKEN_OVER,
     TRUSTED,
     TWO_TENSORS,
@@ -83,6 +84,7 @@ from opacus_pi.attribution.delivery import (
 )
 from opacus_pi.attribution.evidence import assumed, recognised
 from opacus_pi.attribution.gradients import with_sizes
+from opacus_pi.attribution.inputs_beside import InputsBeside
 from opacus_pi.attribution.item_contents import ItemContents
 from opacus_pi.attribution.lookalikes import OrderSoFar, alike_of, rows_of_all
 from opacus_pi.attribution.model_inputs import SharedRows
@@ -156,6 +158,7 @@ _CONSEQUENCES = {
     "unchecked": "Samples are attributed without verification. ",
     "largest": "",
     "repeated": "",
+    "beside": "",
 }
 
 
@@ -216,6 +219,7 @@ class Tracker:
         # has not run is kept by the graph of its outputs alone, and goes with them.
         self._pending: list[ForwardPass] = []
         self._bound: deque[weakref.ref[ForwardPass]] = deque(maxlen=_MAX_RECENT)
+        self._beside = InputsBeside(self.batch_dim)
         self._shared_rows, self._order = SharedRows(), OrderSoFar()
         self.contents = ItemContents()
         self._entered: list[Delivery] = []
@@ -334,6 +338,24 @@ class Tracker:
             self._bound = deque(present, maxlen=_MAX_RECENT)
         self._bound.append(weakref.ref(forward))
         return forward
+
+    def saw_call(
+        self,
+        forward: ForwardPass,
+        given: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Look for inputs of a pass that have no row for each example.
+
+        Args:
+            forward: The pass.
+            given: The dense tensors among its inputs.
+            args: Its positional inputs.
+            kwargs: Its inputs by keyword.
+        """
+        if self._beside.saw(forward, given, args, kwargs):
+            forward.notes = (*forward.notes, SHARED_INPUT)
 
     def awaiting_backward(self) -> list[ForwardPass]:
         """Return the recent passes from which a loss may still be computed."""
@@ -583,6 +605,8 @@ class Tracker:
         if sum(self.counts.values()):
             for link in ("identity", "rows"):
                 chain.check(link, _EVIDENCE[link])
+        if SHARED_INPUT.name not in self.causes and self._beside.doubtful_at_end():
+            self._note(SHARED_INPUT, sum(self.counts.values()))
         self._report_unknown(chain)
         self.report_left_out(chain)
         self._report_skipped(chain)
