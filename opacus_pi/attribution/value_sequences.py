@@ -6,7 +6,8 @@ that the loop computes from each batch, such as its mean, follows no rule.
 
 *Guarantee.* Values are explained if they are constant; if they are two, in many passes;
 if they change by the same amount or by the same factor each time, and begin again or
-end at a last value; or if they are single whole numbers that rise and begin again.
+end at a last value; or if they are single whole numbers that rise and begin again
+at 0, 1 or the first of them.
 
 *What breaks it.* A quantity of the batch that rises in every batch and is a whole
 number, such as a count of all that was seen.
@@ -100,7 +101,7 @@ class ValueSequence:
         for rule, right in expected.items():
             if self._follows[rule] and not _are_near(value, right, room):
                 self._follows[rule] = self._ends(value, right, last)
-        rises = bool((value > last).all() or (value <= np.minimum(first, second)).all())
+        rises = bool((value > last).all() or value.flat[0] in (0.0, 1.0))
         self._follows["counts"] &= _is_whole(value) and rises
 
     def _ends(self, value: Values, expected: Values, last: Values) -> bool:

@@ -206,6 +206,7 @@ def test_delivered_samples_along_another_dimension_are_not_said(is_copied):
         ([0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.4], True),
         ([3.0, 5.0, 4.0, 6.0], False),
         ([23.0, 19.0, 20.0, 21.0, 20.0], False),
+        ([81.0, 86.0, 75.0, 80.0], False),
         ([5.0, 0.0, 1.0, 2.0, 0.0, 1.0, 3.0], True),
         ([1.0, 0.5, 0.25, 0.1], False),
         ([float("nan")] * 4, True),
