@@ -15,6 +15,8 @@ change the outputs of the others either (:mod:`~opacus_pi.custody.batch_size_pro
 * If they are equal bit for bit, which is usual, the model is separable on this batch.
 * If they are not, rounding may be the cause, so the comparison is made again in
   float64, where a difference above 1e-9 of the largest output is not rounding.
+* If the model fails on examples in another order, as one that packs sorted sequences,
+  the first example stays, and others are replaced by neighbours after them.
 * If a run of the model cannot be repeated (it keeps a state, or its random draws depend
   on the content of the batch), the link stays unchecked, with a warning.
 
@@ -24,7 +26,8 @@ example or the mode of a layer changes, at most eight times in a run.
 
 **What breaks it.** A dependence that the first batch does not show: examples that
 influence each other only for certain values, or in shapes beyond the eighth. If only
-one example depends on only one other, both are in the same half with probability 1/2. A
+one example depends on only one other, both are in the same half with probability 1/2.
+Where the order of examples is kept, a dependence on the first one alone is missed. A
 state that is kept outside the layers is not detected. If autograd's memory does not
 fit, the passes run without gradients, in which the model may do something else. Every
 run of the probe has the padding of the batch, so it cannot find a model that averages
@@ -59,7 +62,6 @@ from opacus_pi.custody.probed_call import (
     example_dims,
     no_trace,
     num_examples,
-    order_of,
     rounding_of,
 )
 from opacus_pi.custody.separable_layers import separable_by_construction
@@ -77,6 +79,7 @@ MODEL_NOT_RUN = (
 # Probes of one run: for the first kinds of batches, and for more of those in which the
 # number of examples equals another dimension, which may be taken for it.
 _MAX_PROBES, _MAX_OF_EQUAL_SIZES = 4, 8
+_FEWEST_IN_ORDER = 3  # with two, no example would be replaced
 _ROUNDED = 1e-5  # relative change of a buffer that rounding may cause
 _TOLERANCE = 1e-9  # in float64, relative to the largest output
 
@@ -108,6 +111,16 @@ _UNKNOWN_INPUT = (
 _NOT_RUN = (
     "The model could not be run a second time to check whether it treats examples "
     "separately: {error}."
+)
+_SORTED = (
+    "The model wants its examples in the order of their lengths, as "
+    "pack_padded_sequence with enforce_sorted=True does, so it could not be run on "
+    "other examples to check whether it treats examples separately. "
+    "enforce_sorted=True is right."
+)
+_IN_ORDER = (
+    " The first example stayed, and others were replaced by those after them only, "
+    "because the model could not be run on examples in another order."
 )
 _NOT_REPEATABLE = (
     "The model gives other outputs when it is run again on the same batch with the "
@@ -224,10 +237,43 @@ def probe_separability(
                 return _compare(call, **orders)
             except torch.OutOfMemoryError:  # autograd keeps the values of each layer
                 return _compare(replace(call, has_gradients=False), **orders)
+            except MODEL_ERRORS as error:
+                found = _compare_in_order(call, **orders)
+                return _not_run(error) if found is None else found
     except MODEL_ERRORS as error:
-        lines = str(error).splitlines() or [""]
-        what = f"{type(error).__name__}: {lines[0]}".rstrip(":. ")
-        return Finding("unchecked", _NOT_RUN.format(error=what) + _DECLARE)
+        return _not_run(error)
+
+
+def _compare_in_order(call: ProbedCall, **orders: bool) -> Finding | None:
+    """Probe a model that fails if the order of the lengths of examples changes.
+
+    Args:
+        call: A call on a whole batch.
+        **orders: As for ``_compare``.
+
+    Returns:
+        None if the model fails in this way, too, or has too few examples.
+    """
+    if call.size < _FEWEST_IN_ORDER:
+        return None
+    try:
+        found = _compare(replace(call, keeps_order=True), **orders)
+    except MODEL_ERRORS:
+        return None
+    return replace(found, sentence=found.sentence + _IN_ORDER)
+
+
+def _not_run(error: Exception) -> Finding:
+    """Say why a model was not probed.
+
+    Args:
+        error: What it raised.
+    """
+    lines = str(error).splitlines() or [""]
+    if "sorted in decreasing order" in lines[0]:
+        return Finding("unchecked", _SORTED + _DECLARE)
+    what = f"{type(error).__name__}: {lines[0]}".rstrip(":. ")
+    return Finding("unchecked", _NOT_RUN.format(error=what) + _DECLARE)
 
 
 def _compare(
@@ -427,7 +473,7 @@ def _change(
         same_draws &= torch.equal(whole.random_state, changed.random_state)
         same_buffers &= distance(whole.buffers, changed.buffers) <= _ROUNDED
         same_memory &= distance(whole.memory, changed.memory) <= _ROUNDED
-        places = order_of(call.size)[kept::2]
+        places = call.kept_places(kept)
         rows = (whole.layers, changed.layers)
         moved += moved_layers(*rows, places, call.size, rounding)
         fixed.append(fixed_layers(*rows, call.size))

@@ -74,6 +74,10 @@ class ProbedCall:
         is_training: Whether layers keep their mode; False: all in evaluation mode.
         has_gradients: Whether autograd records the call, as in training. A model may
             compute something else if it does not.
+        changed_buffers: Names of buffers that a run changed are added to it.
+        keeps_order: Whether examples are replaced by neighbours that come after them,
+            and the first one never is. Sorted sequences then stay sorted, and the
+            longest one stays.
     """
 
     model: nn.Module
@@ -87,6 +91,7 @@ class ProbedCall:
     is_training: bool = True
     has_gradients: bool = True
     changed_buffers: set[str] = field(default_factory=set)
+    keeps_order: bool = False
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -112,13 +117,27 @@ class ProbedCall:
             if not self._has_examples(tensor) or (only_first and tensor is not first):
                 return tensor
             rows = tensor.transpose(0, self.batch_dim)
-            changed: Tensor = half_replaced(
-                rows, self.size, kept=kept, order=order_of(self.size)
-            )
+            changed: Tensor
+            if self.keeps_order:
+                others = half_replaced(rows[1:], self.size - 1, kept=kept)
+                changed = torch.cat([rows[:1].detach(), others])
+            else:
+                order = order_of(self.size)
+                changed = half_replaced(rows, self.size, kept=kept, order=order)
             return changed.transpose(0, self.batch_dim).contiguous()
 
         args, kwargs = map_tensors(change, (self.args, dict(self.kwargs)))
         return replace(self, args=args, kwargs=kwargs)
+
+    def kept_places(self, kept: int) -> Tensor:
+        """Return the places of the examples that ``half_replaced`` does not replace.
+
+        Args:
+            kept: As for ``half_replaced``.
+        """
+        if not self.keeps_order:
+            return order_of(self.size)[kept::2]
+        return torch.cat([torch.tensor([0]), torch.arange(1, self.size)[kept::2]])
 
     def without_last(self) -> "ProbedCall":
         """Return the call on a batch without its last example."""

@@ -8,7 +8,8 @@ alone by plain autograd. Four things are compared:
 * ``norms``: the recorded norms, with those of the examples alone;
 * ``loss``: the loss of the batch, with the mean or the sum of the examples' own losses;
 * ``model``: the outputs for some examples, before and after others are replaced;
-* ``order``: the recorded norms, with those of the batch in reverse order.
+* ``order``: the recorded norms, with those of the batch in reverse order, or, of a
+  model that fails on it, without the last example.
 
 With a ``collate_fn`` of the user's there is a fifth, ``batch``: the norms of the
 examples alone, with those after other items were collated in the places of the others
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from opacus_pi._validate import expect
 from opacus_pi.custody.finding import Finding
 from opacus_pi.custody.model_probe import probe_separability
+from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audited_run import AuditedRun
 from opacus_pi.integration.audited_update import (
     TrainedLoss,
@@ -79,6 +81,7 @@ _OTHER_NUMBER = (
     "with torch.where. Put several views along another dimension than the first, or "
     'use grad_sample_mode="fast".'
 )
+_NO_NORMS = "There are no norms to compare."
 _NOT_REPEATABLE = (
     "{what} returns other values when it is called again on the same examples: it "
     "draws random numbers, or it counts its calls. An example alone then has another "
@@ -183,13 +186,16 @@ def audit_batch(
     loss = TrainedLoss(criterion, run)
     with measuring():
         expected = norms_of_copy(model, loss, x, y, run)
-        turned = rows_of((x, y), range(size - 1, -1, -1), size, dim)
+
+        def norms_of(places: Sequence[int]) -> Tensor:
+            chosen = rows_of((x, y), places, size, dim)
+            return recorded_norms(model, loss, chosen, run, new_engine)
+
         try:
             recorded = recorded_norms(model, loss, (x, y), run, new_engine)
-            reverse = recorded_norms(model, loss, turned, run, new_engine).flip(0)
             row_of_norms = _compare_norms(recorded, expected, model)
         except (RuntimeError, TypeError) as error:  # as in training
-            recorded = reverse = torch.empty(0, dtype=torch.float64)
+            recorded = torch.empty(0, dtype=torch.float64)
             text = failed_update(error, run.mode)
             row_of_norms = AuditRow("norms", False, text)
         outputs = forward(quiet_copy(model, run), x)
@@ -197,7 +203,7 @@ def audit_batch(
             row_of_norms,
             _compare_loss(loss, outputs, y, run),
             _model_row(quiet_copy(model, run), x, run),
-            _compare_order(recorded, reverse, model),
+            _order_row(recorded, size, norms_of, rounding_of(model)),
         )
         repeated, tolerance = quiet_copy(model, run), rounding_of(model) * 1e-2
         what = changing_part(repeated, loss, x, y, tolerance)
@@ -245,7 +251,7 @@ def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> Audi
         text = _OTHER_NUMBER.format(num=len(recorded), size=len(expected))
         return AuditRow("norms", False, text)
     if recorded.isnan().any():
-        return AuditRow("norms", None, "There are no norms to compare.")
+        return AuditRow("norms", None, _NO_NORMS)
     gap = largest_gap(recorded, expected)
     if gap <= rounding_of(model):
         return AuditRow(
@@ -327,12 +333,30 @@ def _model_row(model: nn.Module, x: Any, run: AuditedRun) -> AuditRow:
     return AuditRow("model", states[finding.state], finding.sentence)
 
 
-def _compare_order(recorded: Tensor, reverse: Tensor, model: nn.Module) -> AuditRow:
-    """Compare the recorded norms with those of the batch in reverse order."""
+def _order_row(
+    recorded: Tensor,
+    size: int,
+    norms_of: Callable[[Sequence[int]], Tensor],
+    rounding: float,
+) -> AuditRow:
+    """Compare the recorded norms with those of the batch in reverse order.
+
+    A model that packs sorted sequences fails on the reverse order. Then the last
+    example is left out, which keeps the order of the others.
+
+    Args:
+        recorded: The norms of the batch, ``(b,)``.
+        size: The number of examples.
+        norms_of: Returns the norms of one update on the examples in some places.
+        rounding: The difference that rounding may cause.
+    """
     if not len(recorded) or recorded.isnan().any():
-        return AuditRow("order", None, "There are no norms to compare.")
-    same_size = len(recorded) == len(reverse)
-    if same_size and largest_gap(recorded, reverse) <= rounding_of(model):
+        return AuditRow("order", None, _NO_NORMS)
+    try:
+        reverse = norms_of(range(size - 1, -1, -1)).flip(0)
+    except MODEL_ERRORS as error:
+        return _without_last_row(recorded, size, norms_of, rounding, error)
+    if _are_equal(recorded, reverse, rounding):
         return AuditRow(
             "order", True, "The order of the examples in the batch does not matter."
         )
@@ -343,6 +367,41 @@ def _compare_order(recorded: Tensor, reverse: Tensor, model: nn.Module) -> Audit
         "belongs to a position in the batch and not to an example. Look for a layer "
         "or a loss that depends on the position in the batch.",
     )
+
+
+def _without_last_row(
+    recorded: Tensor,
+    size: int,
+    norms_of: Callable[[Sequence[int]], Tensor],
+    rounding: float,
+    error: Exception,
+) -> AuditRow:
+    """Compare the recorded norms with those of the batch without its last example.
+
+    Args:
+        recorded: The norms of the batch, ``(b,)``.
+        size: The number of examples.
+        norms_of: Returns the norms of one update on the examples in some places.
+        rounding: The difference that rounding may cause.
+        error: What an update on the reverse order raised.
+    """
+    name = type(error).__name__
+    why = f"The model fails on the examples in reverse order ({name}), as one does that"
+    why += " packs sorted sequences, so the last example was left out instead. "
+    try:
+        others = norms_of(range(size - 1))
+    except MODEL_ERRORS:
+        return AuditRow("order", None, why + "The model failed there, too.")
+    if _are_equal(recorded[:-1], others, rounding):
+        text = "The norms of the others stayed the same."
+        return AuditRow("order", True, why + text)
+    text = "The norms of the others changed, so they are not those of single examples."
+    return AuditRow("order", False, why + text)
+
+
+def _are_equal(one: Tensor, other: Tensor, rounding: float) -> bool:
+    """Return whether norms are equally many and equal up to rounding."""
+    return len(one) == len(other) and largest_gap(one, other) <= rounding
 
 
 def finding_of(row: AuditRow) -> Finding:
