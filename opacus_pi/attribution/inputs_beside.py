@@ -219,14 +219,15 @@ def _leaves(values: Any) -> Iterator[tuple[Any, Any]]:
         values: Pairs of a key and an input.
     """
     for place, value in values:
+        if place == NUM_ITEMS:  # the probe of the model's own loss looks at it
+            continue
         if type(value) is Tensor:
             if is_dense(value):
                 yield place, value
         elif value is None or isinstance(value, bool | str | PackedSequence):
             continue
         elif isinstance(value, int | float):
-            if place != NUM_ITEMS:  # the probe of the model's own loss looks at it
-                yield place, value
+            yield place, value
         elif isinstance(value, np.generic):
             if value.dtype.kind in "iuf":
                 yield place, value.item()
