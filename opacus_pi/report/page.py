@@ -34,6 +34,7 @@ _LABELS = {
     "num_epochs": "epochs of this run",
     "seconds": "duration in seconds",
     "policy": "deletion policy",
+    "num_kept_exact": "examples that stay exactly forgotten",
     "num_examples": "examples passed through training",
     "num_evaluated": "examples evaluated",
 }

@@ -514,7 +514,7 @@ class Unlearner:
             "data_set": fingerprint(train_set),
             "started": _now(),
             **plan.facts(),
-            **({"num_steps": 0} if stays else {}),
+            **({"num_steps": 0, "start": None} if stays else {}),
         }
         self.trace, clock = UnlearningTrace(unit="epochs"), time.perf_counter()
         self._evaluate_at(0, evaluate)
