@@ -466,7 +466,7 @@ def _check_row_rule(rule: str, runs: Sequence[GradNormLedger]) -> None:
 def _predictions(
     runs: Sequence[GradNormLedger], columns: slice, rule: str, gaps: str
 ) -> tuple[PredictedNorms | None, ...]:
-    """Return what norms that were not measured may have been; empty: none is asked for.
+    """Return predictions of norms that were not measured; empty if not asked for any.
 
     Args:
         runs: The runs.

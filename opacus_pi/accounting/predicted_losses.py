@@ -84,7 +84,7 @@ class PredictedNorms:
     ) -> "PredictedNorms":
         """Return the predictions for the updates between the rows of a swept ledger.
 
-        A row has measured every example once: as a draw of all of them would have, so
+        A row measures every example once, as if one update had drawn all of them. So
         its norms hold for one of the row's updates.
 
         Args:

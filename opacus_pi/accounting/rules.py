@@ -12,8 +12,8 @@ Rule "stratified" is for rows drawn at random: the run is cut into N equal parts
 update starts. Its loss times the part's length is unbiased for the sum over the part.
 
 Rule "smoothed" is for swept rows far apart: the norms of a row hold for one of its
-updates, and for the others the mean loss over the norms is charged that are plausible
-given the example's norms in all rows (``predicted_losses``).
+updates. The others are charged the mean loss over the norms that are plausible given
+the example's norms in all rows (``predicted_losses``).
 
 None of the rules gives a bound: the norms between rows are not known. How far each is
 from exact norms at every update is measured in the benchmarks.

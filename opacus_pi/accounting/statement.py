@@ -73,7 +73,7 @@ class PrivacyStatement:
             none.
         limit: Upper limit of ε at 95 % confidence, because only the updates that drew
             the example are known (``epsilon_limits``). Never above ``worst_case``, and
-            equal to it if the draws give no lower limit. **For its owner only.** None
+            equal to it if the draws give no smaller limit. **For its owner only.** None
             if no estimate is given, or it comes from swept norms or from several runs.
         num_examples: Number of examples in the ledger; 0 if it is not known.
         composed_worst_case: A bound on ε for any one example by numerical composition

@@ -60,7 +60,7 @@ __all__ = ["epsilon_limits", "loss_limits", "standard_errors"]
 
 Array = NDArray[np.float64]
 _CLIPPED = np.array([np.inf])
-_MANY = 1 << 18  # norms, whose exact losses take more time than tables
+_MANY = 1 << 18  # number of norms above which tables are used by default
 _LIMIT_ORDERS = (
     1.1,
     1.25,

@@ -1,4 +1,4 @@
-"""Find inputs of the model that have no row for each example, and change.
+"""Find inputs of the model that do not have one row for each example, and that change.
 
 A model may be given, beside the examples, a number or a tensor that all examples share:
 a temperature, a mask, a step counter. It may also be a mean of the batch, or a hidden
@@ -13,11 +13,12 @@ batch or a view of all of its samples in their order, or tells the size of an in
 Values are copied on their device, 64 entries at most, and read after four passes, then
 after each 64, and when the ledger is asked for.
 
-*What breaks it.* Shapes that occur only once each, which have nothing to be compared
-with. Masks: tensors of truth values, and those whose entries are 0, 1 or very negative
-numbers only. Whole numbers that are the size of an input, such as the number of
-examples. Values that are read by the model from variables of the loop, and what objects
-hold that are no containers and no numbers, such as functions.
+*What breaks it.* These inputs are not noted, whatever they are computed from: a tensor
+whose shape occurs only once, because there is nothing to compare it with; masks, which
+are tensors of truth values or have only entries that are 0, 1 or very negative; whole
+numbers that are the size of an input, such as the number of examples; values that the
+model reads from variables of the loop; and what an object holds that is neither a
+container nor a number, such as a function.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ _MASKED = -1e4  # numbers below it mark entries that attention leaves out
 
 
 class _Watched:
-    """The values of one input that were not read yet, and those before.
+    """The values of one input: those that were read, and those that wait to be read.
 
     Args:
         tensor: The input; None: a number.

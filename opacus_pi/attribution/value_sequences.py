@@ -4,10 +4,10 @@ A loop gives a model, beside the examples, constants, temperatures and step coun
 These stay the same, alternate between two values, or rise or fall by a rule. A number
 that the loop computes from each batch, such as its mean, follows no rule.
 
-*Guarantee.* Values are explained if they are constant; if they are two, in many passes;
-if they change by the same amount or by the same factor each time, and begin again or
-end at a last value; or if they are single whole numbers that rise and begin again
-at 0, 1 or the first of them.
+*Guarantee.* Values are explained if they are constant; if only two different ones occur
+in many passes; if they change by the same amount or by the same factor each time, also
+if they begin again or end at a last value; or if they are single whole numbers that
+rise, and may begin again at 0, 1 or the first of them.
 
 *What breaks it.* A quantity of the batch that rises in every batch and is a whole
 number, such as a count of all that was seen.
@@ -42,7 +42,7 @@ class ValueSequence:
     Attributes:
         rounding: As given.
         num: How many values there were.
-        num_changes: How often a value came that was new.
+        num_changes: How often a value was new: unlike the first, second and last one.
     """
 
     def __init__(self, rounding: float = 0.0) -> None:

@@ -23,11 +23,11 @@ _OF_FORGET_SET = (
     "membership_inference",
 )
 _OTHER_SET = (
-    "The retrained models were evaluated on {evaluated} examples to forget, and the "
-    "metrics of this run before and after it were computed on the {asked} examples of "
-    "its own request. So retrained models are shown only for metrics that do not "
-    "depend on the forget set. {path} compares the model with the retrained ones on "
-    "the {evaluated} examples."
+    "The retrained models were evaluated on a forget set of {evaluated} examples. But "
+    "the metrics of this run were computed on the {asked} examples of its own request. "
+    "So retrained models are shown only for metrics that do not depend on the forget "
+    "set. {path} compares the model with the retrained ones on the {evaluated} "
+    "examples."
 )
 _UNCHECKED = (
     "Whether the evaluation is of this unlearning run is not known, because an earlier "

@@ -413,7 +413,7 @@ gives no ε. The output reveals which examples are unusual: protect it like the 
             DELTA,
             TOLERANCE,
             TOP(10),
-            OWNERS.but(help='rank persons, too: positions by person: {"p03": [3, 17]}'),
+            OWNERS.but(help='rank persons, too; positions by person: {"p03": [3, 17]}'),
             JSON,
             JSON_FILE,
             CSV,

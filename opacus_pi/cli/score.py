@@ -104,8 +104,8 @@ def _persons_text(facts: dict[str, Any], top: int) -> list[str]:
     lines = [
         "Hardest persons",
         "Loss and ε are the largest of the person's examples (estimates)."
-        + " The bound is the worst case of any as many examples: only this ε may be "
-        "promised to a person." * has_bound,
+        + " The bound is the worst case of any set of as many examples: only this ε "
+        "may be promised to a person." * has_bound,
     ]
     if facts["num_without_owner"]:
         lines.append(f"Examples without an owner: {facts['num_without_owner']}.")
@@ -169,9 +169,10 @@ def _about_limits(facts: dict[str, Any]) -> str:
     if not has_limits(facts):
         return ""
     return (
-        '\n"ε at most" limits the ε of the example at this quantile with 95 % '
-        "confidence, as measured and not proved: its norms are known only for the "
-        "updates that drew it."
+        '\n"ε at most" is an upper limit for the ε of the example at this quantile, '
+        "with 95 % confidence, as measured and not proved. This ε is not known "
+        "exactly, because the norms are known only for the updates that drew the "
+        "example."
     )
 
 

@@ -138,8 +138,8 @@ def run(options: argparse.Namespace) -> int:
 def _generator(seed: int | None) -> torch.Generator:
     """Return the generator of a run.
 
-    Whoever knows the seed can compute the noise, and two runs with one seed may have
-    the same noise. So no seed is the default.
+    Anyone who knows the seed can compute the noise, and two runs with one seed may have
+    the same noise. So the default is not a fixed seed.
 
     Args:
         seed: The user's, for a run that can be repeated; None: chosen by the operating
@@ -463,7 +463,7 @@ def _erased(number: int) -> str:
     words = f"{number} forgotten example{'s' * (number > 1)}"
     return (
         f"{words} may have been erased from the data set and will not be read. The "
-        "others agree with what the deletion log says about the rest."
+        "remaining examples agree with the fingerprint in the deletion log."
     )
 
 

@@ -15,8 +15,8 @@ change the outputs of the others either (:mod:`~opacus_pi.custody.batch_size_pro
 * If they are equal bit for bit, which is usual, the model is separable on this batch.
 * If they are not, rounding may be the cause, so the comparison is made again in
   float64, where a difference above 1e-9 of the largest output is not rounding.
-* If the model fails on examples in another order, as one that packs sorted sequences,
-  the first example stays, and others are replaced by neighbours after them.
+* If the model fails on examples in another order, as models do that pack sorted
+  sequences, the first example stays, and others are replaced by neighbours after them.
 * If a run of the model cannot be repeated (it keeps a state, or its random draws depend
   on the content of the batch), the link stays unchecked, with a warning.
 
@@ -113,10 +113,11 @@ _NOT_RUN = (
     "separately: {error}."
 )
 _SORTED = (
-    "The model wants its examples in the order of their lengths, as "
+    "The model needs its examples in the order of their lengths, as "
     "pack_padded_sequence with enforce_sorted=True does, so it could not be run on "
-    "other examples to check whether it treats examples separately. "
-    "enforce_sorted=True is right."
+    "other examples to check whether it treats examples separately. Keep "
+    "enforce_sorted=True: with False, Opacus's recurrent layers have their gradients "
+    "in another order than its other layers, and the ledger is refused."
 )
 _IN_ORDER = (
     " The first example stayed, and others were replaced by those after them only, "

@@ -44,8 +44,8 @@ _CHANGED = (
     "Weights were changed between two updates, and not by the optimizer of the run. "
     "If the change used training data, neither get_epsilon nor the ledger covers the "
     "model: do not make this change. If it was an average or a projection of weights, "
-    "brought back earlier weights of this run, or used public data only, and training "
-    "data did not decide when, nothing needs to be done."
+    "brought back earlier weights of this run, or used public data only, nothing needs "
+    "to be done, unless training data decided when it was made."
 )
 
 _OTHERS_IN_PASS = (

@@ -8,8 +8,8 @@ alone by plain autograd. Four things are compared:
 * ``norms``: the recorded norms, with those of the examples alone;
 * ``loss``: the loss of the batch, with the mean or the sum of the examples' own losses;
 * ``model``: the outputs for some examples, before and after others are replaced;
-* ``order``: the recorded norms, with those of the batch in reverse order, or, of a
-  model that fails on it, without the last example.
+* ``order``: the recorded norms, with those of the batch in reverse order; if the model
+  fails on it, with those of the batch without its last example.
 
 With a ``collate_fn`` of the user's there is a fifth, ``batch``: the norms of the
 examples alone, with those after other items were collated in the places of the others
@@ -386,8 +386,8 @@ def _without_last_row(
         error: What an update on the reverse order raised.
     """
     name = type(error).__name__
-    why = f"The model fails on the examples in reverse order ({name}), as one does that"
-    why += " packs sorted sequences, so the last example was left out instead. "
+    why = f"The model fails on the examples in reverse order ({name}), as models do "
+    why += "that pack sorted sequences. So the last example was left out instead. "
     try:
         others = norms_of(range(size - 1))
     except MODEL_ERRORS:
@@ -395,7 +395,10 @@ def _without_last_row(
     if _are_equal(recorded[:-1], others, rounding):
         text = "The norms of the others stayed the same."
         return AuditRow("order", True, why + text)
-    text = "The norms of the others changed, so they are not those of single examples."
+    text = (
+        "The norms of the others changed, so they are not those of single examples. "
+        "Look for a layer or a loss that depends on the other examples."
+    )
     return AuditRow("order", False, why + text)
 
 

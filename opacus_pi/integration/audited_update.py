@@ -373,7 +373,7 @@ def times_as_large(norms: Tensor, expected: Tensor) -> str:
     '1 to 2 times as large'
     """
     if not bool(torch.isfinite(norms).all() and torch.isfinite(expected).all()):
-        return "infinite or no numbers (NaN)"
+        return "not finite (infinite or NaN)"
     ratios = norms / expected.clamp(min=1e-300)
     low, high = (f"{float(one):.3g}" for one in (ratios.min(), ratios.max()))
     return f"{low if low == high else f'{low} to {high}'} times as large"

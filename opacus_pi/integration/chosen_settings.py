@@ -11,8 +11,8 @@ is not Opacus's, leaves the link unchecked.
 
 *What breaks it.* A value that was computed from training data and set before the first
 batch, by a scheduler's own function, or past the optimizer's attributes
-(``vars(optimizer)``). Learning rates and the like are not looked at: a guarantee lists
-it as a declaration that no setting depends on the data.
+(``vars(optimizer)``). Learning rates and other settings are not looked at: guarantees
+list the declaration that no setting depends on the data.
 """
 
 import inspect

@@ -53,8 +53,8 @@ _UNUSUAL_NUMBERS = (
     "Every parameter needs one gradient per example. The batch has {size} examples, "
     "but these parameters have another number of gradients: {unusual}. The usual cause "
     "is a layer that is given one row for the whole batch, such as a position "
-    "embedding: models of transformers make one row of position_ids if they get none. "
-    "Give each example its own row "
+    "embedding: models of transformers make one row of position_ids if none are "
+    "passed. Give each example its own row "
     "(position_ids=torch.arange(length).expand(batch, -1)), or freeze these parameters "
     '(requires_grad_(False)), or try grad_sample_mode="fast", which works if '
     "torch.func.vmap can run the model."

@@ -628,7 +628,7 @@ class LoopLoss:
             ratio: The factor.
             num_passes: The number of passes whose gradients were clipped together.
             coupling: Why the criterion gives the examples no loss of their own; empty
-                if it does.
+                if each has one.
         """
         self._are_averages.append(abs(ratio * num_passes - 1) < _ALIKE)
         self._ratios.append(ratio)

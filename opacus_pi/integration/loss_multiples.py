@@ -1,4 +1,4 @@
-"""Judges the factors by which a training loop multiplies an audited loss.
+"""Judge the factors by which a training loop multiplies an audited loss.
 
 A loop may multiply the criterion, so that all gradients of an update are one multiple
 of those that were audited. A constant factor is harmless, and so is one that follows
@@ -7,15 +7,16 @@ batch is not: no gradient belongs to one example then. The factor alone does not
 which kind it is, so one that changes leaves the link "loss" unchecked. It breaks the
 link where it is seen to follow the batch: the number of its samples, as the sum of the
 losses in place of their mean does, or the loss of the batch, as its logarithm or its
-square root does. It also breaks the link in a batch with ignored labels, by the number
-of which the criterion divides.
+square root does. It also breaks the link if the batch has ignored labels and the
+criterion divides by a quantity of all its labels, such as the number of the others.
 
-*Guarantee.* A factor is said to follow the batch only if six comparisons in a row
-have one quotient of both (four for the loss, whose values are no whole numbers), and
-the factor rose and fell among them, which the factors of most schedules do not.
+*Guarantee.* A factor is said to follow the batch only if, in six comparisons in a row,
+its quotient by the quantity (or by a power of it) stays the same, and it both rises and
+falls. For the loss, whose values are no whole numbers, four are enough. The factors of
+most schedules do not rise and fall.
 
-*What breaks it.* A factor that follows another quantity of the batch, such as the sign
-of a sum, is only said to change. So is one that follows the batch in fewer comparisons.
+*What breaks it.* If a factor follows another quantity of the batch, such as the sign of
+a sum, or follows it in fewer comparisons, the link is only left unchecked.
 """
 
 import math
@@ -40,7 +41,8 @@ _VARYING = (
     "gradients by a factor that changes. If the factor follows the number of the "
     "update, as in a warm-up of the loss or in a GradScaler, nothing needs to be done. "
     "If it depends on the batch, no gradient belongs to one example: call "
-    "criterion(model(x), y) without a factor. Which kind it is, is not known."
+    "criterion(model(x), y) without a factor. Which kind this one is could not be "
+    "checked."
 )
 _FOLLOWING = (
     "All gradients of an update were {ratio:.4g} times those of the audited criterion, "
@@ -62,7 +64,7 @@ _IGNORED = (
 
 @dataclass
 class _Quantity:
-    """A quantity of the batch to some power, and how long factors were its multiple.
+    """A power of a quantity of the batch, and how often factors were a multiple of it.
 
     Args:
         name: What it is.
@@ -183,8 +185,8 @@ class LossMultiples:
         Args:
             ratio: The factor.
             before: The other one.
-            coupling: Why the criterion gives the examples of the batch no loss of their
-                own; empty if it does.
+            coupling: Why the examples of the batch have no loss of their own; empty if
+                each has one.
         """
         if coupling:
             self._chain.break_link("loss", _IGNORED.format(ratio=ratio, before=before))

@@ -1,9 +1,10 @@
 """Refuse values that are missing, with the name of the argument and what to pass.
 
-Opacus accepts ``None`` for every argument of ``make_private`` and fails later, in a
-line that names none of them. What can never work is refused at the call. A noise or
-a clip norm may still be set on the optimizer before the first update, and training then
-works with Opacus. So these two are checked where an update uses them.
+Opacus accepts ``None`` for every argument of ``make_private`` and fails later, with an
+error that does not name the argument. What can never work is refused at the call. A
+noise multiplier or a clip norm may still be set on the optimizer before the first
+update, and training then works with Opacus. So these two are checked where an update
+uses them.
 
 >>> require_given("make_private", {"module": None})
 Traceback (most recent call last):
@@ -88,7 +89,7 @@ def require_noise(optimizer: Any, noise_std: float) -> None:
 
 
 def _number(name: str, value: Any) -> float:
-    """Return a value as a float; refuse what is no number, numerals in texts included.
+    """Return a value as a float; refuse anything else, also a number written as text.
 
     Args:
         name: The name of the argument.

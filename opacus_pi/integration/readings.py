@@ -74,7 +74,8 @@ _NONE_COUNTED = (
 )
 _APPROXIMATE = (
     "get_epsilon returns the number of Opacus's GDP accountant. It comes from a limit "
-    "theorem, so it is an approximation, may be too small and limits no other number. "
+    "theorem, so it is an approximation, and may be too small. The library uses it as "
+    "a limit of no other number. "
     'For a bound, use PrivacyEngine(accountant="rdp") or "prv".'
 )
 _BROKEN = (

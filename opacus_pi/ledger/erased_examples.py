@@ -50,8 +50,8 @@ class ErasedExamples:
             "position",
             place % len(self),
             "must not be that of an erased example",
-            "This example was forgotten, and its data were erased. Read other "
-            "positions: not_erased(data_set, positions) returns them.",
+            "This example was forgotten, and its data may have been erased. Read "
+            "positions that are not in data_set.erased.",
         )
         return self.remaining_set[row]
 

@@ -59,15 +59,15 @@ _NOTED = {
 
 # One changed example changes the hash of its part, so a difference says no more.
 _DIFFERENCES = {
-    "x": "at least one of some evenly spaced inputs",
+    "x": "at least one of the inputs that were compared (evenly spaced ones)",
     "e": "at least one input",
-    "s": "at least one of some evenly spaced inputs",
+    "s": "a number of at least one of the inputs that were compared",
     "y": "at least one number of an example, such as a label",
     "p": "at least one file name or text",
     "f": "the size, start or end of at least one file",
     "w": "the content of at least one file",
     "v": "a part of at least one file",
-    "g": "the size, start or end of at least one of some evenly spaced files",
+    "g": "the size, start or end of at least one of the files that were compared",
 }
 
 

@@ -1,11 +1,11 @@
 """Persons with several examples, ranked by the most expensive of their examples.
 
-**Idea.** Recorded norms give a loss for each example, and none for a person: how the
+**Idea.** Recorded norms give a loss for each example, but not for a person: how the
 gradients of a person's examples add up is not recorded, so their losses must not be
-added. The largest of them ranks persons by their most unusual example, and it is the
-number of the person if there is only this example. What may be promised to a person is
-the worst case of any as many examples. It depends on their number only, so it stands
-beside the rank and does not decide it.
+added. Persons are ranked by the largest of them, that of their most unusual example. It
+is the person's own loss if there is one example only. What may be promised to a person
+is the worst case of any set of as many examples. It depends on their number only, so it
+stands beside the rank and does not decide it.
 
 **What breaks it.** The rank does not rise with the number of examples. Of two persons
 with the same largest loss, the one with more examples is expected to be harder to

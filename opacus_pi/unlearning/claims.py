@@ -317,7 +317,7 @@ def _bounded_claim(
     delta: float,
     with_estimate: bool,
 ) -> Guarantee:
-    """Return the worst case of DP-SGD as a bound, and beside it maybe an estimate."""
+    """Return the worst case of DP-SGD as a bound, on request with an estimate."""
     curve = worst_case_curve(joint_mechanism(runs), len(gone), steps=runs[0].steps)
     accountant = engine_facts.accountant_bound if len(gone) == 1 else None
     pair = None if accountant is None else accountant.at(delta)

@@ -158,7 +158,8 @@ def without_erased(states: list[Remaining], data_set: Any) -> ErasedExamples:
         bool(states),
         "The deletion log does not say which examples remain: no request was carried "
         "out, or an earlier release carried them out.",
-        "Pass the training set as it was. The log says it from the next request on.",
+        "Pass the whole training set. The log stores what remains when the next "
+        "request is carried out.",
     )
     size = len(data_set)
     fitting = [

@@ -37,8 +37,9 @@ class StoredWeights:
         entries: Hashes of the entries of the requests that they honour.
         names: In files of earlier releases, the names of those requests instead.
         forgotten: Positions in the training set, sorted.
-        forgotten_exactly: Those that an exact rewind has forgotten. Files of earlier
-            releases do not say it: then all, so that no later run weakens a request.
+        forgotten_exactly: Those that an exact rewind has forgotten. In files of earlier
+            releases, which do not say it, all of ``forgotten``, so that no later run
+            weakens a request.
         history: The runs that the weights went through.
     """
 

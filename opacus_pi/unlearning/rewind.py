@@ -161,13 +161,14 @@ class RewindPlan:
         kept = better = ""
         if self.num_kept_exact:
             kept = (
-                " This is before the first use of examples that an exact rewind forgot "
-                f"before ({self.num_kept_exact}), which stay exactly forgotten."
+                " This state is from before the first use of the examples that an "
+                f"earlier exact rewind has forgotten ({self.num_kept_exact}), which "
+                "stay exactly forgotten."
             )
         if self.exact_start is not None and self.exact_start >= self.start:
             better = (
-                " An exact rewind (without the deletion policy) makes no more updates "
-                "and has ε = 0."
+                " An exact rewind (without the deletion policy) does not need more "
+                "updates and has ε = 0."
             )
         if self.is_free:
             return f"The trained model can be kept: nothing is trained again.{better}"

@@ -83,13 +83,13 @@ _NOTHING_NEW = (
 )
 _STAYS = (
     "Every example of forget_indices was forgotten before, by a rewind that left the "
-    "weights of this model. They are kept: nothing is trained again."
+    "weights of this model. These weights are kept: nothing is trained again."
 )
 _REWOUND_AGAIN = (
-    "Every example of forget_indices was forgotten before, but nothing shows that this "
-    "model is what such a rewind leaves for all examples that were forgotten so far: "
-    "it was trained further, or another kind of run forgot some of them. So the "
-    "rewind is made again."
+    "Every example of forget_indices was forgotten before. But this model is not known "
+    "to be what such a rewind leaves for all examples that were forgotten so far: it "
+    "was trained further, or another kind of run forgot some of them. So the rewind is "
+    "made again."
 )
 _NO_UPDATE = (
     "num_epochs=0 makes no update: the model keeps the weights that were trained with "

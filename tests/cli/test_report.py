@@ -172,7 +172,7 @@ def test_retrained_models_of_all_requests_beside_one_request(
     beside = {m["name"] for m in unlearning["metrics"] if "oracle_mean" in m}
     assert beside == {"retain_accuracy", "test_accuracy", "attacker_accuracy"}
     (sentence,) = unlearning["not_checked"]
-    assert "evaluated on 5 examples" in sentence and "on the 3 examples" in sentence
+    assert "a forget set of 5 examples" in sentence and "on the 3 examples" in sentence
     assert sentence in page.read_text()
     facts = json.loads((tmp_path / "b" / "evaluation.json").read_text())
     for without in ("subject", "num_forget"):  # a file of an earlier release
@@ -181,7 +181,7 @@ def test_retrained_models_of_all_requests_beside_one_request(
         (tmp_path / "old.json").write_text(json.dumps(facts))
         old = ("--evaluation", tmp_path / "old.json", "--out", page)
         found = answer("report", tmp_path / "b", *LEDGER, *old)["report"]["unlearning"]
-        shown = any("evaluated on 5" in one for one in found["not_checked"])
+        shown = any("forget set of 5" in one for one in found["not_checked"])
         assert shown == (without == "subject")
 
 

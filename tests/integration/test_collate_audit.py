@@ -208,7 +208,7 @@ def test_items_that_are_no_numbers_alone_are_said_in_words():
     engine, train, _ = prepared(standardised)
     train()
     text = str(engine.audit(criterion))
-    assert "norms that are infinite or no numbers" in " ".join(text.split())
+    assert "norms that are not finite (infinite or NaN)" in " ".join(text.split())
     assert "nan times" not in text
 
 

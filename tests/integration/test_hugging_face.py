@@ -144,7 +144,7 @@ def test_a_shared_position_embedding_is_refused(mode, error, match):
     ("mode", "remedy"),
     [
         ("hooks", "'bert.embeddings.position_embeddings.weight' (1)"),
-        ("functorch", "models of transformers make one row of position_ids if they"),
+        ("functorch", "models of transformers make one row of position_ids if none"),
         ("ghost", "Put them into each example (token_type_ids="),
     ],
 )

@@ -566,7 +566,7 @@ def test_a_request_by_policy_leaves_an_exact_one_exact(private):
     assert unlearner.forgotten_exactly.tolist() == [a]
     plan = unlearner.plan_rewind([b], **by_policy)
     assert plan.start <= before_a and plan.num_kept_exact == 1
-    assert "which stay exactly forgotten" in plan.text()
+    assert "), which stay exactly forgotten" in plan.text()
     assert plan.guarantee.epsilon(POLICY.delta) == POLICY.epsilon
     kept = [x for x in plan.guarantee.assumptions if "stay exactly" in x.statement]
     assert len(kept) == 1 and kept[0].met
@@ -603,7 +603,7 @@ def test_the_worst_case_of_the_policy_does_not_bring_an_exact_one_back(tmp_path)
 
 
 def test_a_plan_by_policy_says_if_an_exact_rewind_costs_no_more(private):
-    words, costs_no_more = "makes no more updates and has ε = 0", []
+    words, costs_no_more = "does not need more updates and has ε = 0", []
     for example in range(SIZE):
         plan = private.unlearner().plan_rewind(
             [example], checkpoints=private.states, deletion_policy=POLICY
