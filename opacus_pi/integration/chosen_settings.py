@@ -1,54 +1,98 @@
-"""Notice that a training loop chooses the clip norm or the noise between updates.
+"""Notice that a training loop chooses the clip norm or the noise from batch to batch.
 
 The ledger records the settings of every update, and the accounting takes them as fixed
 before training. A loop that sets ``optimizer.max_grad_norm`` to the median norm of the
 batch releases that median without noise: with one example more or less, the update may
 be of another size altogether. Opacus's schedulers and its adaptive clipping choose the
-settings in code of Opacus, and are known.
+settings in code of Opacus, and are known. A schedule that the loop keeps by hand
+follows a rule (:mod:`~opacus_pi.attribution.value_sequences`); what is computed from
+each batch does not.
 
-*Guarantee.* Another value that is set after the first batch was delivered, by code that
-is not Opacus's, leaves the link unchecked.
+*Guarantee.* If code that is not Opacus's sets other values after the first batch was
+delivered, and those of the updates follow no rule, the link is left unchecked.
 
-*What breaks it.* A value that was computed from training data and set before the first
-batch, by a scheduler's own function, or past the optimizer's attributes
-(``vars(optimizer)``). Learning rates and other settings are not looked at: guarantees
-list the declaration that no setting depends on the data.
+*What breaks it.* A single change, which follows every rule. A value that was computed
+from training data and set before the first batch, by a scheduler's own function, or
+past the optimizer's attributes (``vars(optimizer)``). Learning rates and the like are
+not looked at: a guarantee lists it as a declaration that no setting depends on the
+data.
 """
 
 import inspect
 from typing import Any
 
-__all__ = ["NOISE_AND_CLIPPING", "SET_BY_LOOP", "is_chosen_by_loop"]
+import numpy as np
+
+from opacus_pi.attribution.value_sequences import ValueSequence
+from opacus_pi.custody import Chain
+
+__all__ = ["NOISE_AND_CLIPPING", "ChosenSettings"]
 
 NOISE_AND_CLIPPING = {"max_grad_norm": "norm", "noise_multiplier": "noise"}
 """Attributes of an optimizer, and the link that each of them belongs to."""
-SET_BY_LOOP = (
-    "The training loop set optimizer.{name} after the first batch was delivered. That "
-    "is fine if the value was chosen without the training data, for example from the "
-    "number of the update. If it was computed from gradients, losses or examples, it "
-    "depends on who is in the batch, and neither get_epsilon nor the ledger covers "
+_CHOSEN = (
+    "The training loop set optimizer.{name} to values that follow no rule. That is "
+    "fine if they were chosen without the training data, for example from the number "
+    "of the update. If they were computed from gradients, losses or examples, they "
+    "depend on who is in the batch, and neither get_epsilon nor the ledger covers "
     "that. With a scheduler of opacus.schedulers the link stays checked."
 )
 _KNOWN = ("opacus.", "opacus_pi.")
 
 
-def is_chosen_by_loop(before: Any, value: Any) -> bool:
-    """Return whether the caller's caller changes a setting, and is not Opacus's code.
+class ChosenSettings:
+    """The settings that the training loop has set, and their values in the updates.
 
     Args:
-        before: The setting as it is.
-        value: What it is set to.
+        chain: The chain of custody of the run.
     """
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._values: dict[str, ValueSequence] = {}
+
+    def is_set(self, name: str, before: Any, value: Any) -> None:
+        """Follow a setting from now on if the loop is changing it.
+
+        Called by ``__setattr__`` itself, whose caller decides.
+
+        Args:
+            name: A key of ``NOISE_AND_CLIPPING``.
+            before: Its value.
+            value: The new value.
+        """
+        if name in self._values or _callers_module().startswith(_KNOWN):
+            return
+        if (number := _number(before)) is not None and number != _number(value):
+            self._values[name] = ValueSequence()
+            self._values[name].add(np.array([number]))
+
+    def update_is_made(self, optimizer: Any) -> None:
+        """Note the values with which an update is made, if the loop has set them.
+
+        Args:
+            optimizer: The optimizer, which is about to add noise.
+        """
+        for name, values in self._values.items():
+            number = _number(getattr(optimizer, name))
+            if number is not None:
+                values.add(np.array([number]))
+            if values.num_changes > 1 and not values.is_explained:
+                text = _CHOSEN.format(name=name)
+                self._chain.leave_unchecked(NOISE_AND_CLIPPING[name], text)
+
+
+def _number(value: Any) -> float | None:
+    """Return a setting as a number; None if it is none."""
     try:
-        is_same = bool(value == before)
-    except (RuntimeError, ValueError):  # several numbers
-        is_same = False
-    return not (is_same or _callers_module().startswith(_KNOWN))
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _callers_module() -> str:
     """Return the name of the module whose code set the attribute."""
     frame = inspect.currentframe()
-    for _ in range(3):  # this function, its caller, and ``__setattr__``
+    for _ in range(3):  # this function, ``is_set`` and ``__setattr__``
         frame = None if frame is None else frame.f_back
     return "" if frame is None else str(frame.f_globals.get("__name__", ""))

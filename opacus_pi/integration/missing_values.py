@@ -51,8 +51,9 @@ def require_given(method: str, options: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"{name} must be {what}, got None. Pass {method}({name}=...)."
             )
-    mode = options.get("grad_sample_mode")
-    if isinstance(mode, str) and mode.startswith(_GHOST):
+    mode, clipping = options.get("grad_sample_mode"), options.get("clipping")
+    is_ghost = isinstance(mode, str) and mode.startswith(_GHOST)
+    if is_ghost and clipping != "per_layer":  # which Opacus refuses
         _number("max_grad_norm", options.get("max_grad_norm", 1.0))
 
 

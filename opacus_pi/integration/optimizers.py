@@ -35,11 +35,7 @@ from torch.distributed.fsdp import FSDPModule
 from opacus_pi._class_swap import swap_class
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.integration.accountants import noise_std_of
-from opacus_pi.integration.chosen_settings import (
-    NOISE_AND_CLIPPING,
-    SET_BY_LOOP,
-    is_chosen_by_loop,
-)
+from opacus_pi.integration.chosen_settings import NOISE_AND_CLIPPING, ChosenSettings
 from opacus_pi.integration.clip_norms import clip_norm_of
 from opacus_pi.integration.derived import own_scaling, shadowed_method
 from opacus_pi.integration.divisors import Divisor
@@ -130,6 +126,7 @@ def report_updates(optimizer: DPOptimizer, update: UpdateUnderWay) -> None:
     update.optimizer = weakref.ref(optimizer)
     optimizer._pi_has_own_scaling = has_own_scaling
     optimizer._pi_divisor = Divisor(optimizer, update.chain)
+    optimizer._pi_chosen = ChosenSettings(update.chain)
     optimizer._pi_written = watch_gradients(
         update.hooks, optimizer, update.tracker, update.chain
     )
@@ -167,6 +164,7 @@ class _ReportingOptimizer(DPOptimizer):
             begin with ``_pi_``, so that they cannot meet a name of Opacus or the user.
         _pi_methods: Finds methods of Opacus that were replaced since.
         _pi_divisor: Finds sums that are divided by different numbers.
+        _pi_chosen: Finds noise and clip norms that the loop chooses.
         _pi_has_own_scaling: Whether the class overrides Opacus's ``scale_grad``.
         _pi_written: Detects gradients that were changed before they are clipped.
     """
@@ -175,6 +173,7 @@ class _ReportingOptimizer(DPOptimizer):
     _pi_written: WrittenGradients
     _pi_methods: MethodsInUse
     _pi_divisor: Divisor
+    _pi_chosen: ChosenSettings
     _pi_num_draws = 0
     _pi_has_own_scaling = False
 
@@ -187,12 +186,10 @@ class _ReportingOptimizer(DPOptimizer):
         raise TypeError(_NOT_COPIED.format(name=type(self).__name__))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, and say so if the loop chooses noise or clipping by it."""
-        if name in NOISE_AND_CLIPPING and "_pi_update" in vars(self):
-            has_begun = self._pi_update.tracker.latest is not None
-            if has_begun and is_chosen_by_loop(getattr(self, name, None), value):
-                text = SET_BY_LOOP.format(name=name)
-                self._pi_update.chain.leave_unchecked(NOISE_AND_CLIPPING[name], text)
+        """Set an attribute; notice that the loop sets noise or clipping in training."""
+        if name in NOISE_AND_CLIPPING and "_pi_chosen" in vars(self):
+            if self._pi_update.tracker.latest is not None:
+                self._pi_chosen.is_set(name, getattr(self, name, None), value)
         super().__setattr__(name, value)
 
     def add_noise(self) -> None:
@@ -206,6 +203,7 @@ class _ReportingOptimizer(DPOptimizer):
         if self._pi_update.gate is not None:
             self._pi_update.gate.close(noise_std)
         self._pi_written.require_unchanged_sums()
+        self._pi_chosen.update_is_made(self)
         is_drawn_again = self._pi_update.is_drawn_again(self)
         super().add_noise()
         self._pi_require_opacus()

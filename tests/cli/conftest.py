@@ -26,13 +26,13 @@ def train_set():
     return TensorDataset(images[:120], labels[:120])
 
 
-def kept_set():
+def without_erased():
     # The training set after the examples 3 and 4 were erased.
     kept = [i for i in range(120) if i not in (3, 4)]
     return TensorDataset(images[kept], labels[kept])
 
 
-def blank_set():
+def with_blanks():
     # The same with nothing in their places.
     left = TensorDataset(images[:120].clone(), labels[:120].clone())
     left.tensors[0][3:5] = 0

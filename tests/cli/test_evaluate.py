@@ -172,7 +172,7 @@ def test_a_forgotten_set_after_the_data_of_another_were_erased(run, answer, tmp_
     weights = ("--model", "cli_project:build", "--weights", f"{log}.safetensors")
     whole = answer("evaluate", *weights, *DATA, "--forget", "7", "--log", log)
     assert whole["num_retain"] == 80
-    left = [word.replace("train_set", "blank_set") for word in DATA]
+    left = [word.replace("train_set", "with_blanks") for word in DATA]
     found = answer("evaluate", *weights, *left, "--forget", "7", "--log", log)
     assert found["metrics"] == whole["metrics"]
     words = ("evaluate", *weights, *left, "--log", log, "--forget")

@@ -243,7 +243,7 @@ def test_a_test_set_that_does_not_fit_the_model_gets_no_request(run, tmp_path):
     assert not (tmp_path / "log.db").exists()
 
 
-@pytest.mark.parametrize("data", ["kept_set", "blank_set"])
+@pytest.mark.parametrize("data", ["without_erased", "with_blanks"])
 def test_requests_after_the_data_of_others_were_erased(run, answer, tmp_path, data):
     log, ledger = tmp_path / "deletions.db", ("--ledger", "ledger.safetensors")
     answer(*UNLEARN, "3,4", "--log", log, *ledger, "--out", tmp_path / "a")
@@ -271,7 +271,7 @@ def test_requests_after_the_data_of_others_were_erased(run, answer, tmp_path, da
 def test_nothing_is_measured_on_erased_examples(answer, tmp_path):
     log = tmp_path / "deletions.db"
     answer(*UNLEARN, "3,4", "--log", log, "--out", tmp_path / "a")
-    words = [w.replace("train_set", "kept_set") for w in UNLEARN]
+    words = [w.replace("train_set", "without_erased") for w in UNLEARN]
     name = ("--request-id", "again")
     with pytest.warns(UserWarning, match="forgotten before"):
         found = answer(*words, "4", "--log", log, *name, "--out", tmp_path / "b")

@@ -1,5 +1,7 @@
 """Clip norms and noise that the training loop chooses between updates."""
 
+import itertools
+
 import pytest
 import torch
 from opacus.schedulers import LambdaGradClip, StepNoise
@@ -22,7 +24,7 @@ def test_a_clip_norm_that_is_computed_from_the_batch(mode):
         training.optimizer.max_grad_norm = float(x.abs().sum()) + 1.0
 
     with pytest.warns(UserWarning, match=SET_BY_LOOP.format("max_grad_norm")):
-        training.train(2, choose)
+        training.train(4, choose)
     assert state(training, "norm") == "unchecked"
     assert state(training, "noise") == "checked"
 
@@ -34,7 +36,7 @@ def test_noise_that_is_computed_from_the_batch():
         training.optimizer.noise_multiplier = 1.0 + float(x.abs().sum())
 
     with pytest.warns(UserWarning, match=SET_BY_LOOP.format("noise_multiplier")):
-        training.train(2, choose)
+        training.train(4, choose)
     assert state(training, "noise") == "unchecked"
 
 
@@ -59,3 +61,15 @@ def test_the_same_value_is_no_other_one(value):
 
     training.train(2, repeat)
     assert state(training, "norm") == "checked"
+
+
+def test_a_schedule_that_the_loop_keeps_by_hand_follows_a_rule():
+    training, number = Training(), itertools.count(1)
+
+    def choose(x, y):
+        update = next(number)
+        training.optimizer.max_grad_norm = 1.1**update
+        training.optimizer.noise_multiplier = 1.0 if update < 4 else 0.5
+
+    training.train(4, choose)
+    assert {state(training, link) for link in ("norm", "noise")} == {"checked"}
