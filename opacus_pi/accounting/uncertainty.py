@@ -151,8 +151,8 @@ def loss_limits(
     ``privacy_losses``, which also uses the draws of other examples.
 
     Args:
-        ledger: One run. For a swept ledger, which has the norms of all examples at
-            every row, the limits are the losses themselves.
+        ledger: One run with observed norms. If norms were swept at every update, the
+            limits are the losses themselves.
         order: Rényi order, above 1.
         confidence: Probability over the draws of the batches, in (0, 1), that an
             example's limit is at least its true loss: the loss that its norms at every
@@ -167,11 +167,13 @@ def loss_limits(
         the clip norm. ``inf`` without clipping.
 
     Raises:
-        ValueError: If an argument is outside its domain.
+        ValueError: If an argument is outside its domain, or norms were swept only now
+            and then.
         AccountingError: If a link of the chain of custody is broken.
     """
     _check_confidence(confidence)
     _require_one_run(ledger)
+    _require_limited_norms(ledger)
     check_tolerance(tolerance, num_runs=1)
     composition = composition_of(
         ledger.mechanism, order, "corrected", hoelder_p, "exact", tolerance
@@ -209,8 +211,8 @@ def epsilon_limits(
         float64 ``(n,)``, at least 0.
 
     Raises:
-        ValueError: If an argument is outside its domain, or the ledger's noise was
-            assumed.
+        ValueError: If an argument is outside its domain, norms were swept only now and
+            then, or the ledger's noise was assumed.
         AccountingError: If a link of the chain of custody is broken.
     """
     _require_one_run(ledger)
@@ -260,6 +262,7 @@ def epsilon_limits_of_draws(
     check_delta(delta)
     _check_confidence(confidence)
     _require_one_run(ledger)
+    _require_limited_norms(ledger)
     require_real_noise((ledger,))
     check_tolerance(tolerance, num_runs=1)
     choices = np.unique(check_orders(_LIMIT_ORDERS if orders is None else orders))
@@ -270,6 +273,23 @@ def epsilon_limits_of_draws(
         )
         least = np.minimum(least, _limits(ledger, composition, confidence) + offset)
     return least
+
+
+def _require_limited_norms(ledger: GradNormLedger) -> None:
+    """Refuse swept rows with updates between them, whose norms nothing limits.
+
+    Observed norms are a sample of all updates. Swept rows are not: if norms fall within
+    the first epoch, rows at the ends of epochs show nothing of it.
+    """
+    most = int(ledger.updates_of_rows().max()) if ledger.source == "swept" else 1
+    expect(
+        most == 1,
+        "ledger",
+        f"swept rows that stand for up to {most} updates each",
+        "must have observed norms, or swept ones of every update, because nothing "
+        "limits the norms between swept rows",
+        "Record with Recorder(). The worst case is a bound for every ledger.",
+    )
 
 
 def _limits(

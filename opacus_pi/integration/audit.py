@@ -309,14 +309,13 @@ def _compare_loss(loss: TrainedLoss, outputs: Any, y: Any, run: AuditedRun) -> A
             f'make_private was given loss_reduction="{wanted}". Pass '
             f'loss_reduction="{fits[0]}".',
         )
-    return AuditRow(
-        "loss",
-        False,
+    coupled = (
         f"The loss of the batch, {whole:.4g}, is neither the mean nor the sum of the "
         f"examples' own losses ({found['mean']:.4g}, {found['sum']:.4g}). The "
         "criterion uses a quantity of the whole batch, or compares examples with "
-        "each other. Train with a loss that is the mean of one loss for each example.",
+        "each other. Train with a loss that is the mean of one loss for each example."
     )
+    return AuditRow("loss", False, loss.coupling(y) or coupled)
 
 
 def _model_row(model: nn.Module, x: Any, run: AuditedRun) -> AuditRow:

@@ -40,9 +40,10 @@ _DEPRECATED = {"size_average", "reduce"}  # in place of reduction
 _WEIGHTED = (
     '{name} with weights and reduction="mean" divides by the sum of the weights of the '
     "whole batch, so no example has a loss of its own: its share depends on the labels "
-    'of the others. Train with reduction="sum" and pass that criterion, or pass a '
-    "function that returns one weighted loss for each example, and train with the mean "
-    "of these losses."
+    'of the others. Make it with reduction="none" and pass that criterion, or, if an '
+    "example has several labels, pass a function that returns one weighted loss for "
+    "each example; train with the mean of these losses. Or train with "
+    'reduction="sum", and pass that.'
 )
 _IGNORED = (
     'With ignore_index={index}, {name} with reduction="mean" divides by the number of '

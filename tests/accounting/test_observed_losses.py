@@ -270,6 +270,21 @@ def test_a_swept_ledger_is_its_own_limit():
     np.testing.assert_allclose(loss_limits(exact, 8), privacy_losses(exact, 8))
 
 
+def test_nothing_limits_the_norms_between_swept_rows():
+    """Norms fall in the first updates, which rows at the ends of epochs do not show."""
+    _, exact = runs()
+    sparse = GradNormLedger(
+        exact.mechanism,
+        steps=exact.steps[9::10],
+        grad_norms=np.full_like(exact.grad_norms[9::10], 1e-3),
+        source="swept",
+    )
+    assert (privacy_losses(sparse, 8) < privacy_losses(exact, 8)).all()
+    for reading, point in ((loss_limits, 8), (epsilon_limits, 1e-5)):
+        with pytest.raises(ValueError, match="swept rows that stand for up to 10"):
+            reading(sparse, point)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
