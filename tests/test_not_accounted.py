@@ -20,7 +20,7 @@ EXPECTED = {
     ],
     "Losses that couple examples": [
         "loss   FAILED",
-        "engine.audit: The loss of the batch",
+        "engine.audit: CrossEntropyLoss with weights",
         "True",
         "It has a ledger.",
     ],
