@@ -143,7 +143,8 @@ def gives_bound(accountant: IAccountant) -> bool:
 
     Args:
         accountant: Any accountant. Opacus's ``"gdp"`` uses a limit theorem, so its ε
-            may be too small, and what a user's own class computes is not known.
+            may be too small. What other classes of the user's compute is not known,
+            unless they are derived from Opacus's Rényi or PRV accountant.
     """
     return isinstance(accountant, RDPAccountant | PRVAccountant)
 
