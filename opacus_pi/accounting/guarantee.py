@@ -89,6 +89,7 @@ _HEADS = {
 _BY_HAND = "the ledger describes the training as it was run"
 _EVENT = "Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ"
 _ONE_SIDED = f"One-sided, for every event E: {_EVENT}."
+_MILLION = math.log(1e6)
 _EXCHANGED = "Pr[retrained ∈ E] ≤ e^ε · Pr[unlearned ∈ E] + δ"
 Established = TypeVar("Established", "Assumption", "Guarantee")
 
@@ -481,6 +482,8 @@ class Guarantee(Shown):
             f"{self._source(delta)})."
         ]
         lines += self._direction(delta, sign, write)
+        if is_bound:
+            lines += self._in_words(delta)
         if any(map(math.isfinite, self.estimates)):
             lines.append(
                 "In addition, there is an estimate for this set: ε ≈ "
@@ -488,6 +491,21 @@ class Guarantee(Shown):
                 "bound, and it is sensitive: show it to the owner of the data only."
             )
         return lines
+
+    def _in_words(self, delta: float) -> list[str]:
+        """Return the line that says what the bound means; none for ε = 0."""
+        epsilon = self.epsilon(delta)
+        if epsilon == 0:
+            return []
+        times = (
+            f"at most {float(rounded_up(math.exp(epsilon), 2)):,g}"
+            if epsilon < _MILLION
+            else "perhaps more than a million"
+        )
+        return [
+            f"In words: what somebody concludes from the unlearned model is {times} "
+            "times as probable as from a retrained model, plus δ."
+        ]
 
     def _source(self, delta: float) -> str:
         """Say which computation gave ε, if it was not the conversion of divergences."""

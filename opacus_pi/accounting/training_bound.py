@@ -63,8 +63,8 @@ _SETTINGS = (
     "settings do not depend on the data"
 )
 _NOTHING_ELSE = (
-    "nothing else computed from the data was released (tuning runs, other models, "
-    "losses of single examples)"
+    "besides the trained model, nothing else computed from the data was released "
+    "(tuning runs, other models, losses of single examples)"
 )
 _OWN_ITEM = (
     "what is protected is one item of the data set, and no item contains data of "

@@ -271,7 +271,7 @@ class RecordedEngine(Shown, OpacusEngine):
 
     @shown_as(opacus.PrivacyEngine.get_epsilon, assigned=())
     def get_epsilon(self, delta: float) -> float:
-        """Return Opacus's epsilon, which assumes Poisson sampling.
+        """Return Opacus's epsilon, which assumes Poisson sampling; 0 before training.
 
         Warns if batches were not drawn by Poisson sampling, if a link of the chain of
         custody is broken, or if the accountant did not count every update.
@@ -289,7 +289,9 @@ class RecordedEngine(Shown, OpacusEngine):
             epsilon: float = super().get_epsilon(delta)
         except ValueError:  # the PRV accountant converts NaN to an integer
             self._readings.require_counted()
-            raise
+            if len(self.accountant):
+                raise
+            return 0.0  # no update yet: like the other accountants
         return epsilon
 
     # ---------------------------------------------------------------------- checkpoints

@@ -294,7 +294,9 @@ def claim(  # noqa: PLR0913
         f"{stable_repr(method)} (compared with a model that was trained without the "
         "set in the same way: as many updates, each other example drawn with the same "
         "probability, sums of gradients divided by the same number; and then "
-        "fine-tuned in the same way)"
+        "fine-tuned in the same way). It is about the forgotten examples only: "
+        "unlearning trains on those that are kept, and the ε that training gave the "
+        "kept ones does not cover that"
     )
     clipped = bool(runs) and every_gradient_clipped(runs).met
     if runs and not clipped:
@@ -328,7 +330,8 @@ def _bounded_claim(
         _same_divisor(runs),
         derived(
             "unlearning does not increase the divergence",
-            "post-processing: it is the same random procedure with and without the set",
+            "post-processing: it is the same random procedure with and without the "
+            "set. So the bound also covers whoever has seen the trained model",
         ),
         derived(
             "the bound covers this set and all examples that were forgotten before",

@@ -32,16 +32,8 @@ PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
 
 _UNKNOWN = Guarantee("an unlearning method that was not named", ())
 _LARGE = 10.0  # e^ε is then above 20,000
-_WEAK = (
-    "\nAt ε = {epsilon} the bound excludes almost nothing: it lets an event be "
-    "e^{epsilon} times as probable as after retraining. An exact rewind has ε = 0{how}"
-)
+_WEAK = "\nAt this ε the bound excludes almost nothing. An exact rewind has ε = 0{how}"
 _HOW = ", if the training saved states (Recorder(checkpoints=...))."
-_OF_THE_KEPT = (
-    "\nThe unlearning steps train on the examples that are kept, and the accounting of "
-    "the training does not cover these steps. The ε of the kept examples does not hold "
-    "for the model afterwards."
-)
 _TIED = (
     "{outside} examples outside the forget set have, up to rounding, the same privacy "
     "loss as one in it. If you chose the set by loss, the choice among them is "
@@ -166,8 +158,6 @@ class Plan(Shown):
         delta = self.delta if delta is None else delta
         reason = " (the noise is assumed: a ranking only)"
         ranking = reason if self.ranking_only else ""
-        steps = "unknown" if self.predicted_steps is None else f"{self.predicted_steps}"
-        least = "at least " if self.num_unfinished and steps != "unknown" else ""
         tied = (
             "Examples outside the forget set with the same loss as one inside it: "
             f"{self.num_tied}.\n"
@@ -178,9 +168,7 @@ class Plan(Shown):
             f"Examples to forget: {len(self.forget)}, to keep: {self.num_retain}.\n"
             f"{self._before()}"
             f"Mean privacy loss {self.mean_loss:.4g} at order {self.order:g}, "
-            f"{self._place()}{ranking}.\n{tied}"
-            f"Steps: {least}{steps} ({self.prediction}); an epoch is "
-            f"{self.steps_per_epoch} steps, {self.num_retain} examples.\n"
+            f"{self._place()}{ranking}.\n{tied}{self._steps()}"
             f"{self._claim(delta)}{self._limits(delta)}{self._by_rewind(delta)}"
             f"{self._large(delta)}"
         )
@@ -197,18 +185,24 @@ class Plan(Shown):
         """Say where the mean loss lies among all; a large tie has no percentile."""
         if self.percentile is None:
             return "without a percentile, because most examples have the same loss"
-        return f"percentile {self.percentile:.1f}"
+        return f"above that of {self.percentile:.1f} % of all examples"
+
+    def _steps(self) -> str:
+        """Return the line about the steps until the set is forgotten."""
+        epoch = (
+            f"An epoch has {self.steps_per_epoch} steps, {self.num_retain} examples.\n"
+        )
+        if self.predicted_steps is None:
+            return f"Steps: not predicted, because {self.prediction}. {epoch}"
+        least = "at least " if self.num_unfinished else ""
+        return f"Steps: {least}{self.predicted_steps} ({self.prediction}). {epoch}"
 
     def _limits(self, delta: float) -> str:
-        """Return what the guarantee does not give; empty if no method was named."""
-        if self.guarantee == _UNKNOWN:
-            return ""
+        """Return the sentence about a bound that excludes almost nothing, or none."""
         epsilon = self.guarantee.epsilon(delta)
         if not self.guarantee.kind.startswith("certified") or epsilon <= _LARGE:
-            return _OF_THE_KEPT
-        number = f"{math.ceil(epsilon)}" if math.isfinite(epsilon) else "inf"
-        how = _HOW if self.rewind is None else "."
-        return _OF_THE_KEPT + _WEAK.format(epsilon=number, how=how)
+            return ""
+        return _WEAK.format(how=_HOW if self.rewind is None else ".")
 
     def _by_rewind(self, delta: float) -> str:
         """Return the lines about the rewind; empty if no states were named."""

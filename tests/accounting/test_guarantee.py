@@ -326,3 +326,24 @@ def test_what_is_shown_to_others_has_no_estimate():
     shown = estimate.without_estimates()
     assert shown.kind == "empirical" and shown.epsilon(1e-5) == math.inf
     assert shown.assumptions == doubtful
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "words"),
+    [
+        (math.log(2), "at most 2 times as probable"),
+        (6.3321, "at most 570 times"),  # e^6.3321 = 562.3
+        (9.17, "at most 9,700 times"),  # e^9.17 = 9,604: rounded up
+        (20.0, "perhaps more than a million times"),
+        (0.0, ""),
+    ],
+)
+def test_a_bound_is_said_in_words(epsilon, words):
+    pair = EpsilonDelta(epsilon, 0.0, "a proof", both_directions=True)
+    clipped = observed("it was clipped", "max_grad_norm=1")
+    text = guarantee_of_run("SGD", [clipped], statements=[pair]).text(1e-5)
+    assert ("In words: " in text) == bool(words) and words in text
+    doubtful = observed("it is a bound", "one run", met=False)
+    assert (
+        "In words" not in guarantee_of_run("SGD", [doubtful], statements=[pair]).text()
+    )

@@ -192,6 +192,12 @@ def test_no_epsilon_exceeds_the_worst_case(accountant, noise):
     assert values.max() <= bound and values.min() >= 0
 
 
+@pytest.mark.parametrize("accountant", ["rdp", "prv", "per_instance"])
+def test_epsilon_is_zero_before_training(accountant):
+    engine = Training(accountant=accountant).engine
+    assert engine.get_epsilon(1e-3) == 0
+
+
 def test_an_approximate_epsilon_limits_nothing():
     """Every gradient is clipped, so each example has the worst case."""
     options = {"max_grad_norm": 1e-3, "noise_multiplier": 1.0, "batch_size": 4}

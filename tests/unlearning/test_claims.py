@@ -87,6 +87,7 @@ def test_a_network_of_dp_sgd_gets_the_worst_case_of_its_accountant(engine):
     assert claim.divergences == claim.reverse_divergences == curve.divergences
     by_order = accounting.rdp_to_epsilon(curve.divergences, curve.orders, DELTA)
     assert claim.reverse_epsilon(DELTA) == by_order > claim.epsilon(DELTA)
+    assert "the ε that training gave the kept ones does not cover" in claim.text()
     declared = [a.statement for a in claim.declarations]
     assert len(declared) == 5
     for words in (

@@ -147,10 +147,10 @@ def group_divergence(
     total = min(*totals.values(), _worst_case(runs[0], order))
     if total == totals.get("coupled") and max(shares, default=0.0) > _UNRELIABLE:
         warnings.warn(
-            "The group's divergence is unreliable and probably too low: one of the "
-            f"{num_samples} terms that were sampled to estimate it makes up "
-            f"{max(shares):.0%} of their sum. Use method='scalar' or 'operator_norm' "
-            "for an upper bound, or increase num_samples.",
+            f"The group's divergence at order {order:g} is unreliable and probably too "
+            f"low: one of the {num_samples} terms that were sampled to estimate it "
+            f"makes up {max(shares):.0%} of their sum. Use method='scalar' or "
+            "'operator_norm' for an upper bound, or increase num_samples.",
             stacklevel=2,
         )
     return total
