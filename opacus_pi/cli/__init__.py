@@ -1,15 +1,20 @@
 """The command line ``opacus-pi``: it parses arguments, calls the library, prints text.
 
-``parser`` declares all commands and imports neither torch nor opacus. Each command is a
-module with a function ``run(options)``, imported when that command runs.
+``commands`` declares all commands; neither it nor ``parser`` imports torch or opacus.
+Each command is a module with a function ``run(options)``, imported when that command
+runs.
 
 | module | what it does |
 |---|---|
 | ``program`` | runs a command and turns errors into exit codes |
-| ``parser``, ``methods`` | declare commands, arguments and unlearning methods |
+| ``parser`` | parses a command line, with errors of one line |
+| ``commands``, ``log_commands`` | declare the commands, and the actions of ``log`` |
+| ``arguments``, ``declarations``, ``methods`` | what these are declared with |
 | ``inputs``, ``imports`` | load the files and objects that the arguments name |
 | ``sets`` | cuts forget, retain and test set in the same way for all commands |
 | ``output`` | prints text or JSON, formats tables |
+| ``submission`` | enters requests in a deletion log, for ``unlearn`` and ``log`` |
+| ``recorded_weights`` | refuses a ledger of other weights |
 | ``run_files`` | the directory that ``unlearn`` writes |
 | ``recognition`` | finds out what a file is, for ``verify`` |
 | all others | one command each |

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from opacus_pi._printable import printable
 
 DONE, FAILED, BAD_INPUT, NOTHING_TO_CHECK, INTERRUPTED = 0, 1, 2, 3, 130
-_NAMED = re.compile(r"^\w+(?= must )")
+_NAMED = re.compile(r"^\w+(?= must | ')")
 
 
 class BadInput(Exception):
@@ -67,7 +67,8 @@ def with_flags(error: ValueError, options: argparse.Namespace) -> str:
     """Return a message of the library, with the argument named as on the command line.
 
     Args:
-        error: What the library raised; its messages begin with the argument's name.
+        error: What the library raised; its messages begin with the argument's name,
+            before "must" or the value in quotes.
         options: The parsed arguments, with ``flags``: flags by the library's names.
     """
     flags: dict[str, str] = options.flags

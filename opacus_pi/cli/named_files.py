@@ -3,8 +3,8 @@
 Which files a command reads and writes follows from its arguments alone, so this is
 checked before anything is computed. ``report`` writes a JSON file beside its page,
 and a deletion log has its weights, key and lock beside it: they count too. A file that
-is no input of the command is written over only if it is a text, an answer or a report:
-never a ledger, weights, or a deletion log.
+is no input of the command is written over only if it is a text, an answer or a report,
+or an export by a new one: never a ledger, weights, or a deletion log.
 
 *What breaks it.* A file that gets one of these names while the command runs.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opacus_pi.cli.errors import BadInput
-from opacus_pi.cli.recognition import kept_content
+from opacus_pi.cli.recognition import EXPORT, kept_content
 from opacus_pi.cli.run_files import RUN_FILES
 
 _READ = (
@@ -48,7 +48,10 @@ def require_separate_outputs(options: argparse.Namespace) -> None:
                     f"{path} is named twice, so a file would be written over. Choose "
                     "another name for the file to write."
                 )
-        if kept := kept_content(Path(path)):
+        kept = kept_content(Path(path))
+        if kept == EXPORT and path == getattr(options, "export_file", None):
+            continue  # a new export may replace an earlier one
+        if kept:
             raise BadInput(
                 f"{path} would be written over, but it is neither a text nor an answer "
                 f"(its kind: {kept}). Choose another name for the file to write."
@@ -74,7 +77,8 @@ def _written(options: argparse.Namespace) -> Iterator[str]:
         options: The parsed arguments.
     """
     named = vars(options)
-    yield from (named[name] for name in ("json_file", "csv") if named.get(name))
+    for name in ("json_file", "csv", "export_file"):
+        yield from filter(None, [named.get(name)])
     if named.get("out") and not _new_directory(options):
         yield from {options.out, str(Path(options.out).with_suffix(".json"))}
 

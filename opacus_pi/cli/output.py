@@ -8,6 +8,7 @@ its owner only, and it is replaced in one step.
 import argparse
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def write_csv(path: str, columns: Mapping[str, np.ndarray[Any, Any]]) -> None:
 
     Args:
         path: The file's name; an existing file is replaced in one step.
-        columns: The values of each column by its heading, one for each line.
+        columns: The values of each column by its heading, one for each line. NaN is
+            written as an empty cell: the value is not known.
 
     Raises:
         BadInput: If the file cannot be written.
@@ -54,9 +56,15 @@ def write_csv(path: str, columns: Mapping[str, np.ndarray[Any, Any]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows(zip(*(a.tolist() for a in columns.values()), strict=True))
+    values = (map(_known, array.tolist()) for array in columns.values())
+    writer.writerows(zip(*values, strict=True))
     with about("--csv", "Name a file in a directory that can be written."):
         replace_file(Path(path), text.getvalue().encode())
+
+
+def _known(value: Any) -> Any:
+    """Return a value; an empty text in place of NaN."""
+    return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

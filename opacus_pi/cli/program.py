@@ -93,5 +93,5 @@ def _report(options: argparse.Namespace, message: str, code: int) -> int:
         message: One line.
         code: The exit code.
     """
-    print(f"opacus-pi {options.command}: {printable(message)}", file=sys.stderr)
+    print(f"{options.program}: {printable(message)}", file=sys.stderr)
     return code

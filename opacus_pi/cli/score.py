@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         **_persons(options, runs, scores),
     }
     if options.csv:
-        write_csv(options.csv, scores.columns())
+        write_csv(options.csv, scores.columns(with_limits=True))
     answer(options, facts, _text(scores, facts, options.top))
     return 0
 

@@ -1,9 +1,10 @@
 """``opacus-pi unlearn``: forget a set of examples, and write down what was done.
 
 The order of the steps is the point. Everything that can be wrong with the arguments is
-checked first: settings, ledgers, data sets, ids, weights. Only then is the request
-entered in the deletion log, because an entry cannot be taken back. Then the library
-unlearns, and at last the result directory gets its name.
+checked first: settings, data sets, ids, weights, and whether the ledgers are of these
+weights. Only then is the request entered in the deletion log, because an entry cannot
+be taken back. Then the library unlearns, and at last the result directory gets its
+name.
 
 With ``--checkpoints`` nothing is fine-tuned: the library goes back to a saved state of
 the training, and trains the rest without the examples.
@@ -17,11 +18,10 @@ refuses to continue.
 
 import argparse
 import functools
-import hashlib
 import itertools
 import json
 import math
-import secrets
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -46,9 +46,11 @@ from opacus_pi.cli.inputs import (
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer, table
+from opacus_pi.cli.recorded_weights import require_recorded_weights
 from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.cli.run_files import new_directory, save_run
 from opacus_pi.cli.sets import make_sets, require_unseen
+from opacus_pi.cli.submission import require_loggable, submit
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.ledger.erased_examples import erased_in, not_erased
 from opacus_pi.ledger.fingerprint import fingerprint
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     require_owners_of(options, lambda: fingerprint(train_set))
     forget = read_forget_set(options, owned)
     if options.log:
-        _require_loggable([*owned], options.request_id)
+        require_loggable([*owned], options.request_id)
         distinct_indices("indices", forget, len(train_set))
     criterion = import_criterion(options)
     model = load_model(options, options.weights)
@@ -99,7 +101,10 @@ def run(options: argparse.Namespace) -> int:
         generator=_generator(options.seed),
     )
 
-    if going_back:  # what cannot be rewound is found before the request is entered
+    # What cannot be carried out is found before the request is entered.
+    if not options.log or not os.path.exists(options.log):
+        require_recorded_weights(options, unlearner, forget, going_back)
+    elif going_back:
         unlearner.plan_rewind(forget, **going_back)
 
     def settings(forgotten_before: Iterable[int]) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
         result: UnlearningResult | None
         if options.log:
             result, request = _carry_out(
-                options, unlearner, train_set, forget, owned, settings
+                options, unlearner, train_set, forget, owned, settings, going_back
             )
         else:
             carry_out = unlearner.rewind if going_back else unlearner.unlearn
@@ -182,6 +187,7 @@ def _carry_out(
     forget: NDArray[np.int64],
     owned: Mapping[str, NDArray[np.int64]],
     settings: Callable[[Iterable[int]], dict[str, Any]],
+    going_back: dict[str, Any],
 ) -> tuple[UnlearningResult | None, dict[str, Any]]:
     """Enter the requests in the deletion log, and carry out every pending request.
 
@@ -198,24 +204,22 @@ def _carry_out(
         forget: The examples that this command names.
         owned: Those of each person; empty if positions are named.
         settings: From the examples that all requests name to the settings of a run.
+        going_back: The arguments of a rewind; empty: no rewind.
 
     Returns:
         The result of this command's own requests, None if earlier commands carried them
         out; facts about the log and about other requests that were pending.
     """
+    has_earlier = os.path.exists(options.log)
     with about("--log", "Restore the file from a copy, or name another."):
         requests = DeletionRequests(
             options.log, len(train_set), owned, data_set=fingerprint(train_set)
         )
     requests.resume(unlearner)  # refuses the log of another model
-    if owned:
-        names = [
-            _submit_for(requests, person, examples, options.request_id)
-            for person, examples in owned.items()
-        ]
-    else:
-        names = [options.request_id or _request_name(forget)]
-        requests.submit(names[0], indices=forget)
+    if has_earlier:  # else the weights were compared before the log was made
+        first = _first_to_forget(requests, forget, together=len(owned) > 1)
+        require_recorded_weights(options, unlearner, first, going_back)
+    names = submit(requests, forget, owned, options.request_id)
     before = requested_indices(options.log, len(train_set)).tolist()
     results = requests.process(
         unlearner, train_set, together=len(names) > 1, **settings(before)
@@ -238,66 +242,20 @@ def _carry_out(
     return own, facts
 
 
-def _require_loggable(persons: list[str], request_id: str | None) -> None:
-    """Refuse a name that the log could not store for the request of each person.
+def _first_to_forget(
+    requests: DeletionRequests, forget: NDArray[np.int64], *, together: bool
+) -> NDArray[np.int64]:
+    """Return the examples of the first run that carries out pending requests.
 
     Args:
-        persons: The persons of ``--forget-person``; empty if ids are given.
-        request_id: The name of the request, which the log stores as it is.
-
-    Raises:
-        BadInput: If there is one name for several persons, or it is a person's.
+        requests: The requests of the log, before those of this command are entered.
+        forget: The examples that this command names.
+        together: Whether one run carries out all requests.
     """
-    if request_id is not None and len(persons) > 1:
-        raise BadInput(
-            "--request-id: it names one request, but each of the "
-            f"{len(persons)} persons gets a request. Leave it out: then each request "
-            "has a random name, which is printed."
-        )
-    if request_id in persons:
-        raise BadInput(
-            "--request-id: it is the person's id, and the log would store it in plain "
-            "text. Use another name, or leave it out."
-        )
-
-
-def _submit_for(
-    requests: DeletionRequests,
-    person: str,
-    forget: NDArray[np.int64],
-    request_id: str | None,
-) -> str:
-    """Enter a person's request, under a keyed hash of the person's id.
-
-    If no name is given, an earlier request of the person for the same examples is used
-    again, so that a command can be repeated after a crash. Otherwise the name is
-    random: two persons may own the same examples.
-
-    Args:
-        requests: The requests of the log, which know the person's examples.
-        person: The person's id.
-        forget: The person's examples, sorted.
-        request_id: The name of the request; None: choose one.
-
-    Returns:
-        The request's name.
-
-    Raises:
-        BadInput: If the name belongs to a request that is not this person's.
-        ValueError: If the log refuses the request.
-    """
-    examples = tuple(forget.tolist())
-    earlier = [r for r in requests.submitted_by(person) if r.indices == examples]
-    if request_id is None and earlier:
-        return earlier[0].request_id
-    name = request_id or f"person-{secrets.token_hex(8)}"
-    request = requests.submit(name, user=person)
-    if request not in requests.submitted_by(person):
-        raise BadInput(
-            f"--request-id: {name} was submitted before, but not for this person. Use "
-            "another name."
-        )
-    return name
+    pending = [np.array(request.indices) for request in requests.pending]
+    if together:
+        return np.unique(np.concatenate([*pending, forget]))
+    return pending[0] if pending else forget
 
 
 def _pending(record: dict[str, Any]) -> dict[str, Any]:
@@ -374,16 +332,6 @@ def _optimizer(options: argparse.Namespace) -> Any:
             "--momentum 0.9."
         ) from error
     return make
-
-
-def _request_name(forget: NDArray[np.int64]) -> str:
-    """Return a name computed from the ids, for a request that was given none.
-
-    Equal ids give the same name, so that the same command, repeated after a crash, does
-    not enter a second request.
-    """
-    ids = json.dumps(sorted(forget.ravel().tolist())).encode()
-    return f"ids-{hashlib.sha256(ids).hexdigest()[:16]}"
 
 
 def _run_facts(

@@ -103,9 +103,23 @@ class Scores(Shown):
             "ranking_only": self.ranking_only,
         }
 
-    def columns(self) -> dict[str, NDArray[Any]]:
-        """Return ``example``, ``loss`` and, unless it is a ranking, ``epsilon``."""
+    def columns(self, *, with_limits: bool = False) -> dict[str, NDArray[Any]]:
+        """Return the numbers of all examples by the name of their column.
+
+        Args:
+            with_limits: Whether to compute the limits of the epsilons, too. This takes
+                a few times as long as the epsilons.
+
+        Returns:
+            ``example``, ``loss``, ``epsilon`` and ``limit``, ``(n,)`` each. ``epsilon``
+            is missing if the losses are only a ranking, and ``limit`` if no example has
+            one (``limits``); it is NaN for an example without one.
+        """
         columns = {"example": self.ids, "loss": self.losses, "epsilon": self.epsilons}
+        if with_limits:
+            found = self.limits(np.arange(len(self.ids)))
+            limits = np.array([np.nan if x is None else x for x in found])
+            columns["limit"] = None if np.isnan(limits).all() else limits
         return {name: array for name, array in columns.items() if array is not None}
 
     def to_frame(self) -> "pd.DataFrame":

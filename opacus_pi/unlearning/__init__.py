@@ -13,6 +13,7 @@ requests about a model in a tamper-evident log and carries each out once. The me
 | how long will it take? | ``plan``, ``search`` |
 | how far must a training run go back? | ``rewind`` |
 | who asked for it, and was it done? | ``requests``, ``deletion_log`` |
+| what is pending? | ``listed_requests`` |
 
 >>> import torch
 >>> data_set = torch.utils.data.TensorDataset(torch.randn(8, 2), torch.arange(8) % 3)
@@ -27,6 +28,7 @@ from opacus_pi._promised import promise
 from opacus_pi.unlearning.callbacks import Callback, LogMetrics
 from opacus_pi.unlearning.deletion_log import DeletionLog
 from opacus_pi.unlearning.json_lines_log import import_log
+from opacus_pi.unlearning.listed_requests import ListedRequest, list_requests
 from opacus_pi.unlearning.log_export import (
     export_log,
     exported_entries,
@@ -63,6 +65,7 @@ __all__ = [
     "FineTune",
     "L1Sparse",
     "Langevin",
+    "ListedRequest",
     "LogMetrics",
     "Method",
     "NegGradPlus",
@@ -78,6 +81,7 @@ __all__ = [
     "export_log",
     "exported_entries",
     "import_log",
+    "list_requests",
     "mean_loss",
     "verify_export",
 ]

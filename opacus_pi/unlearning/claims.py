@@ -567,6 +567,29 @@ def _matching(
     return observed(statement, _unmatched(names, unchanged=unchanged), met=False)
 
 
+def left_other_weights(
+    runs: Sequence[GradNormLedger], model: nn.Module, history: History = _NO_RUNS
+) -> bool:
+    """Return whether it is known that no recorded run left the weights of a model.
+
+    After runs of unlearning, the weights from which the first of them started count.
+
+    Args:
+        runs: The recorded runs.
+        model: The model.
+        history: The earlier runs of this model.
+
+    Returns:
+        False, too, if it is not known: a run names no weights or says that they were
+        changed afterwards, or the history does not say where its runs started.
+    """
+    names = {run.weights for run in runs}
+    is_known = history.trained or not (history.updated or history.left)
+    if not names or names & {None, CHANGED} or not is_known:
+        return False
+    return (history.trained or weights_name(model)) not in names
+
+
 def _since(history: History) -> str:
     """Say how the weights were recognised."""
     named = "their SHA-256 is the one in the ledger"

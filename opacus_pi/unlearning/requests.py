@@ -295,7 +295,8 @@ class DeletionRequests(Shown):
             "request_id",
             name,
             "must name a request that was carried out",
-            "It is still pending: call process first.",
+            "It is still pending. Carry it out first, with process or 'opacus-pi "
+            "unlearn --log'.",
         )
         self.log.redact(number, reason)
 
@@ -561,13 +562,10 @@ def requested_indices(
             are about another training set, or a request was redacted and there are no
             weights.
     """
-    found = requests_of(read_entries(path), num_examples, data_set)
+    found, stored = requests_with_weights(path, num_examples, data_set)
     named = {i for r in found.submitted.values() if r is not None for i in r.indices}
-    weights = weights_path_of(path)
-    stored = stored_weights(weights, num_examples)
-    if weights.exists():
-        _honoured(stored, found, weights)  # refuses a log that lacks some of them
     if None in found.submitted.values():
+        weights = weights_path_of(os.path.realpath(path))
         expect(
             weights.exists(),
             "weights_path",
@@ -578,6 +576,58 @@ def requested_indices(
         )
         named |= set(stored.forgotten)
     return np.array(sorted(named), dtype=np.int64)
+
+
+def requests_with_weights(
+    path: str | os.PathLike[str], num_examples: int, data_set: str | None = None
+) -> tuple[Requests, StoredWeights]:
+    """Return the requests of a log and what the weights beside it honour.
+
+    No file is changed.
+
+    Args:
+        path: The deletion log.
+        num_examples: Length of the training set.
+        data_set: Its fingerprint; None: not known.
+
+    Returns:
+        The state of all requests, and the content of the weights file, which is empty
+        if there is none.
+
+    Raises:
+        FileNotFoundError: If there is no such log.
+        ValueError: If the log or the weights are damaged, are about another training
+            set, or do not belong together: the log then lacks its last entries.
+    """
+    found = requests_of(read_entries(path), num_examples, data_set)
+    weights = weights_path_of(os.path.realpath(path))
+    stored = stored_weights(weights, num_examples)
+    if weights.exists():
+        _honoured(stored, found, weights)  # refuses a log that lacks some of them
+    return found, stored
+
+
+def training_set_in(entries: Iterable[Entry]) -> tuple[int | None, str | None]:
+    """Return what a log says about its training set: length and fingerprint.
+
+    Args:
+        entries: All entries of a verified log.
+
+    Returns:
+        Both from the latest entry that names them; None where no entry does.
+    """
+    size: int | None = None
+    data_set: str | None = None
+    for entry in entries:
+        payload = entry.payload or {}
+        facts = payload if entry.kind == "request" else payload.get("remaining")
+        if not isinstance(facts, dict) or entry.kind not in ("request", "done"):
+            continue
+        if type(facts.get("num_examples")) is int:
+            size = facts["num_examples"]
+        if isinstance(facts.get("data_set"), str):
+            data_set = facts["data_set"]
+    return size, data_set
 
 
 def forgotten_exactly_by(

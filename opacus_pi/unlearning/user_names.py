@@ -33,7 +33,7 @@ _SHORTEST_KEY = 16
 _CHECKED_TEXT = b"\xffkey of a deletion log"  # no name: it is not valid UTF-8
 _IF_LOST = (
     "If the key is lost for good, no one can find these requests by name: enter new "
-    "ones with indices=."
+    "ones by positions (indices=, or --forget on the command line)."
 )
 
 
@@ -137,7 +137,7 @@ class UserNames:
             "the key file",
             self.key_path,
             "must exist, because the log has names that were hashed with its key",
-            f"Restore the file from a copy, or pass key=. {_IF_LOST}",
+            f"Restore the file from a copy, or pass key= in Python. {_IF_LOST}",
         )
         value = _check_value(cast(bytes, key))
         expect(
@@ -146,8 +146,8 @@ class UserNames:
             f"another one, {self._source_of_key}",
             f"must be the key with which the user's name in entry {entry.number} of "
             f"{self.path} was hashed",
-            "Restore the key file of this log from a copy, or pass its key as key=. "
-            + _IF_LOST,
+            "Restore the key file of this log from a copy, or pass its key as key= in "
+            f"Python. {_IF_LOST}",
         )
         self._key = cast(bytes, key)
         return self._key
@@ -202,7 +202,7 @@ def _read_key(path: Path) -> bytes | None:
         "the key file",
         path,
         f"must contain {_KEY_BYTES} bytes in hexadecimal digits",
-        "Restore the file from a copy, or pass key=.",
+        "Restore the file from a copy, or pass key= in Python.",
     )
     return key
 
@@ -228,6 +228,6 @@ def _make_key(path: Path) -> bytes:
     if key is None:
         raise FileNotFoundError(
             f"{path}: another process removed the key file while it was being made. "
-            "Call again, or pass key=."
+            "Call again, or pass key= in Python."
         )
     return key

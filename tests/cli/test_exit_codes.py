@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from opacus_pi.cli import errors
-from opacus_pi.cli.parser import COMMANDS, EPILOG
+from opacus_pi.cli.commands import COMMANDS
+from opacus_pi.cli.parser import EPILOG
 from tests.cli.conftest import DATA, MODEL
 
 PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
@@ -19,8 +20,11 @@ GOOD = {
     "evaluate": (*MODEL, *DATA, "--forget", "3"),
     "report": ("--ledger", "ledger.safetensors", "--out", "DIR/report.html"),
     "heads": ("--model", "cli_project:build", *DATA[:2], "--classes", "10"),
+    "log": ("submit", "DIR/log.db", *DATA[:2], "--forget", "3"),
     "verify": ("ledger.safetensors",),
 }
+PROGRAM = {name: f"opacus-pi {name}" for name in COMMANDS}
+PROGRAM["log"] += " submit"
 
 
 @pytest.fixture
@@ -60,20 +64,20 @@ def test_1_is_a_failure_while_running(go, monkeypatch, name):
 )
 def test_2_is_an_error_that_the_user_can_correct(go, monkeypatch, name, error):
     monkeypatch.setattr(f"opacus_pi.cli.{name}.run", raising(error))
-    assert go(name) == (2, "", f"opacus-pi {name}: x\n")
+    assert go(name) == (2, "", f"{PROGRAM[name]}: x\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_2_is_a_bad_argument(go, name):
     code, out, err = go(name, "--no-such-flag")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert f"See 'opacus-pi {name} --help'" in err or "See 'opacus-pi --help'" in err
+    assert f"See '{PROGRAM[name]} --help'" in err or "See 'opacus-pi --help'" in err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_130_is_interrupted(go, monkeypatch, name):
     monkeypatch.setattr(f"opacus_pi.cli.{name}.run", raising(KeyboardInterrupt()))
-    assert go(name) == (130, "", f"opacus-pi {name}: interrupted\n")
+    assert go(name) == (130, "", f"{PROGRAM[name]}: interrupted\n")
 
 
 def test_a_name_that_cannot_be_written_is_found_before_anything_is_run(go, monkeypatch):

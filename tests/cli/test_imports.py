@@ -2,9 +2,9 @@
 
 import pytest
 
+from opacus_pi.cli.commands import COMMANDS
 from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.imports import CRITERION, DATA_SET, MODEL, import_object
-from opacus_pi.cli.parser import COMMANDS
 from tests.cli.conftest import MODEL as WEIGHTS
 
 
@@ -33,7 +33,7 @@ def test_import_paths(run, path, message):
 
 
 def test_import_paths_may_have_dots():
-    found = import_object("--data", "opacus_pi.cli:parser.COMMANDS.keys", CRITERION)
+    found = import_object("--data", "opacus_pi.cli:commands.COMMANDS.keys", CRITERION)
     assert list(found()) == list(COMMANDS)
 
 

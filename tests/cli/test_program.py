@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,17 @@ import pytest
 
 import opacus_pi
 from opacus_pi.cli import main
-from opacus_pi.cli.parser import COMMANDS, build_parser
+from opacus_pi.cli.commands import COMMANDS
+from opacus_pi.cli.parser import build_parser
 from tests.cli.conftest import DATA
 
 ROOT = Path(__file__).parents[2]
+# Each command, and each action of a command, as the words that name it.
+NAMES = [
+    (name, *action)
+    for name, command in COMMANDS.items()
+    for action in [(), *((one,) for one in command.actions)]
+]
 
 
 def test_help_lists_the_commands_and_exit_codes(run):
@@ -24,24 +32,28 @@ def test_help_lists_the_commands_and_exit_codes(run):
     assert len(out.splitlines()) <= 40  # one screen
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES, ids=" ".join)
 def test_help_of_each_command_has_examples_that_parse(run, tmp_path, monkeypatch, name):
-    code, out, err = run(name, "--help")
+    code, out, err = run(*name, "--help")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "forgotten").mkdir()  # a directory that a file is written to must exist
     assert (code, err) == (0, "") and max(map(len, out.splitlines())) < 100
     assert len(out.splitlines()) <= 40  # one screen
     examples = out.split("examples:\n")[1].replace("\\\n", " ").splitlines()
-    commands = [line.split() for line in examples if line.startswith("  opacus-pi ")]
+    commands = [
+        shlex.split(line) for line in examples if line.startswith("  opacus-pi ")
+    ]
     assert len(commands) >= 1
     for words in commands:
-        assert words[1] == name
+        assert tuple(words[1:][: len(name)]) == name
         build_parser().parse_args(words[1:])
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES, ids=" ".join)
 def test_every_argument_is_explained(name):
-    parser = build_parser()._subparsers._group_actions[0].choices[name]
+    parser = build_parser()
+    for word in name:
+        parser = parser._subparsers._group_actions[0].choices[word]
     for action in parser._actions:
         assert action.help, (name, action.dest)
 
@@ -64,6 +76,13 @@ def test_every_argument_is_explained(name):
             ("plan", "x", "--forget", "3", "--method", "langvin"),
             "'ssd'); did you mean langevin. See",
         ),
+        (("log",), "opacus-pi log: the following arguments are required: ACTION"),
+        (("log", "lst", "x"), "did you mean list. See 'opacus-pi log --help'"),
+        (
+            ("log", "list", "x", "--pendng"),
+            "opacus-pi log list: unrecognized arguments: --pendng; did you mean --pend",
+        ),
+        (("log", "list", "x"), "opacus-pi log list: LOG: no such file: x. Name what"),
         (("score",), "opacus-pi score: the following arguments are required: LEDGER"),
         (("score", "x", "--order", "high"), "argument --order: invalid float value"),
         (("score", "x", "--ord", "8"), "unrecognized arguments: --ord"),
@@ -127,6 +146,7 @@ def test_the_parser_imports_no_large_library():
 import sys
 from opacus_pi.cli import main
 assert main(["--help"]) == main(["unlearn", "--help"]) == main(["--version"]) == 0
+assert main(["log", "submit", "--help"]) == 0
 assert main(["scor"]) == 2
 sys.exit(str(found) if (found := {heavy} & set(sys.modules)) else 0)
 """

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from opacus_pi.accounting import NoisySGD, epsilons, privacy_losses, worst_case_loss
+from opacus_pi.cli.output import write_csv
 from opacus_pi.difficulty.forget_sets import ranking
 from tests.private_training import Training
 
@@ -46,14 +47,40 @@ def test_a_spreadsheet_has_a_line_for_each_example(run, ledger, tmp_path):
     path = tmp_path / "scores.csv"
     assert run("score", LEDGER, "--csv", path)[0] == 0
     header, *lines = csv.reader(path.read_text().splitlines())
-    assert header == ["example", "loss", "epsilon"]
-    ids, losses, found = np.array(lines, dtype=float).T
+    assert header == ["example", "loss", "epsilon", "limit"]
+    ids, losses, found, _ = np.array(lines, dtype=float).T
     assert ids.tolist() == list(range(120))
     np.testing.assert_array_equal(losses, privacy_losses(ledger, 8.0))
     np.testing.assert_array_equal(found, epsilons(ledger, 1e-5))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert run("score", LEDGER, "--sigma", 3, "--csv", path)[0] == 0
     assert path.read_text().startswith("example,loss\n")
+
+
+def test_a_spreadsheet_has_the_upper_limits_of_the_answer(
+    run, answer, ledger, tmp_path
+):
+    path = tmp_path / "scores.csv"
+    found = answer("score", LEDGER, "--top", 120, "--csv", path)
+    limits = {row["id"]: row["limit"] for row in found["hardest"]}
+    lines = list(csv.DictReader(path.read_text().splitlines()))
+    assert {int(line["example"]): float(line["limit"]) for line in lines} == limits
+    assert any(float(line["limit"]) > float(line["epsilon"]) for line in lines)
+    for name, other in (
+        ("swept", [replace(ledger, source="swept")]),  # needs no limits
+        ("two", [ledger, replace(ledger, grad_norms=ledger.grad_norms / 2)]),
+    ):
+        files = [tmp_path / f"{name}{i}.safetensors" for i, _ in enumerate(other)]
+        for file, one in zip(files, other, strict=True):
+            one.save(file)
+        assert run("score", *files, "--csv", path)[0] == 0
+        assert path.read_text().startswith("example,loss,epsilon\n")
+
+
+def test_an_example_without_a_limit_has_an_empty_cell(tmp_path):
+    columns = {"example": np.arange(2), "limit": np.array([np.nan, 0.5])}
+    write_csv(str(tmp_path / "a.csv"), columns)
+    assert (tmp_path / "a.csv").read_text() == "example,limit\n0,\n1,0.5\n"
 
 
 def test_an_assumed_noise_gives_a_ranking_and_no_epsilon(run, answer, ledger):

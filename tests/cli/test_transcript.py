@@ -14,8 +14,8 @@ import torch
 
 from opacus_pi import GradNormLedger, unlearning
 from opacus_pi.cli import main
+from opacus_pi.cli.commands import COMMANDS
 from opacus_pi.cli.methods import METHODS
-from opacus_pi.cli.parser import COMMANDS
 from opacus_pi.ledger.grad_norm_ledger import filled_by_rank
 from opacus_pi.report.run import MEANING
 from opacus_pi.unlearning import DeletionLog
@@ -83,12 +83,13 @@ def run_examples_of_help(capsys):
         Path(f"{name}.txt").write_text(ids)
     head = DeletionLog("deletions.db").head
     for name, command in COMMANDS.items():
-        for line in command.examples.replace("\\\n", " ").strip().split("\n"):
-            words = shlex.split(line.replace("5f0c...e1", head))
-            if name == "unlearn":
-                shutil.rmtree("forgotten")
-            assert main(words[1:]) == 0, (line, capsys.readouterr().err)
-            capsys.readouterr()
+        for one in (command, *command.actions.values()):
+            for line in one.examples.replace("\\\n", " ").strip().split("\n"):
+                words = shlex.split(line.replace("5f0c...e1", head))
+                if name == "unlearn":
+                    shutil.rmtree("forgotten")
+                assert main(words[1:]) == 0, (line, capsys.readouterr().err)
+                capsys.readouterr()
 
 
 def rows(title):

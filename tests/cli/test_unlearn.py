@@ -114,7 +114,7 @@ def test_requests_are_recorded_and_go_on_from_each_other(run, answer, tmp_path):
     assert again["head"] == second["head"]
     words = (*UNLEARN, "6", "--log", log, "--request-id", "x", "--out")
     code, _, err = run(*words, tmp_path / "d")
-    assert code == 2 and "request_id 'x' was submitted before" in err
+    assert code == 2 and "--request-id 'x' was submitted before" in err
 
 
 def test_written_weights_can_be_checked(run, answer, tmp_path):

@@ -189,3 +189,35 @@ def test_a_request_by_policy_does_not_weaken_an_exact_one(answer, trained, tmp_p
     record = json.loads((tmp_path / "b" / "record.json").read_text())
     assert record["start"] == plan["start"] < first[a]
     assert "stay exactly forgotten" in json.dumps(made["guarantee"])
+
+
+def test_other_weights_are_not_kept_and_nothing_is_entered(
+    run, answer, trained, tmp_path
+):
+    folder, first = trained
+    example, log = int(first.argmin()), ("--log", tmp_path / "d.db")
+    head = [*words(folder, "--ledger", folder / "ledger.safetensors")]
+    head[head.index(folder / "model.safetensors")] = "retrained.pt"
+    for place in (("--out", tmp_path / "a"), (*log, "--out", tmp_path / "a")):
+        code, out, err = run(*head, "--policy", "--forget", example, *place)
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert "--weights: retrained.pt does not hold what" in err
+        assert str(folder / "states") in err
+    assert not [*tmp_path.iterdir()]
+    # An exact rewind starts from a saved state, whatever the weights are.
+    found = answer(*head, "--forget", example, *log, "--out", tmp_path / "a")
+    assert found["epsilon"] == 0 and found["num_steps"] == 6
+
+
+def test_fine_tuned_weights_of_the_log_are_not_kept(run, answer, trained, tmp_path):
+    folder, first = trained
+    a, b = first.argsort()[:2].tolist()
+    log, ledger = ("--log", tmp_path / "d.db"), folder / "ledger.safetensors"
+    head = (*words(folder, "--ledger", ledger), *log)
+    model = ("--model", "cli_project:build", "--weights", folder / "model.safetensors")
+    fine_tuned = ("unlearn", *model, *DATA, *log, "--epochs", 1, "--forget", a)
+    answer(*fine_tuned, "--out", tmp_path / "a")
+    before = (tmp_path / "d.db").read_bytes()
+    code, _, err = run(*head, "--policy", "--forget", b, "--out", tmp_path / "b")
+    assert code == 2 and "--log: the weights beside" in err
+    assert (tmp_path / "d.db").read_bytes() == before

@@ -679,7 +679,9 @@ def test_the_name_of_a_redacted_request_is_free(tmp_path):
 
 def test_a_pending_request_is_not_redacted(tmp_path):
     mine = submitted(tmp_path)
-    with pytest.raises(ValueError, match="still pending: call process first"):
+    with pytest.raises(
+        ValueError, match="still pending. Carry it out first, with process"
+    ):
         mine.redact("a")
     with pytest.raises(ValueError, match="must name a request of this log"):
         mine.redact("z")

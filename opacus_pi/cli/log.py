@@ -1,0 +1,285 @@
+"""``opacus-pi log``: keep the deletion log of a model, without carrying anything out.
+
+Each action is a call of the library: ``DeletionRequests.submit`` and ``redact``,
+``list_requests`` and ``export_log``. No action prints a key, and only ``submit`` makes
+a log that does not exist.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from opacus_pi._validate import distinct_indices
+from opacus_pi.cli.errors import DONE, BadInput, about, one_line
+from opacus_pi.cli.inputs import (
+    import_train_set,
+    read_forget_set,
+    read_owned,
+    require_owners_of,
+)
+from opacus_pi.cli.output import answer, table
+from opacus_pi.cli.submission import require_loggable, submit
+from opacus_pi.ledger.fingerprint import fingerprint
+from opacus_pi.unlearning.deletion_log import DeletionLog, read_entries, verify
+from opacus_pi.unlearning.listed_requests import (
+    ANY_NUMBER,
+    ListedRequest,
+    list_requests,
+)
+from opacus_pi.unlearning.log_export import export_log, verify_export
+from opacus_pi.unlearning.requests import DeletionRequests, training_set_in
+
+FORMAT = "opacus_pi.cli.log.v1"
+_WRITTEN_BY = "Name what 'opacus-pi log submit' or 'opacus-pi unlearn --log' wrote."
+_KEEP_HEAD = (
+    "Keep the head of the log elsewhere: with it, 'opacus-pi verify' finds out whether "
+    "this entry or an earlier one is removed."
+)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run one action on a deletion log, and print its answer.
+
+    Args:
+        options: The parsed arguments of ``log``, with ``action``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BadInput: If a file or an argument cannot be used.
+        ValueError: If the library refuses a value; the program names the flag.
+    """
+    _ACTIONS[options.action](options)
+    return DONE
+
+
+def _submit(options: argparse.Namespace) -> None:
+    """Enter a request, or one for each person, in the log."""
+    before = _listed(options) if os.path.exists(options.log) else []
+    known = {row.request_id for row in before}
+    size, data_set = _training_set(options)
+    owned = read_owned(options)
+    require_owners_of(options, lambda: data_set)
+    forget = read_forget_set(options, owned)
+    require_loggable([*owned], options.request_id)
+    distinct_indices("indices", forget, size)  # before a new log is made
+    try:
+        requests = DeletionRequests(options.log, size, owned, data_set=data_set)
+    except ValueError as error:  # the log is whole, but of another training set
+        raise BadInput(f"--data: {one_line(error)}") from error
+    names = submit(requests, forget, owned, options.request_id)
+    rows = {row.request_id: row for row in _listed(options)}
+    facts = {
+        "submitted": [
+            {**_facts_of(rows[name]), "entered_before": name in known} for name in names
+        ],
+        "head": requests.log.head,
+    }
+    key = f"{requests.log.path}.key" if owned else ""
+    _answer(options, facts, _submitted_text(options, facts, key))
+
+
+def _training_set(options: argparse.Namespace) -> tuple[int, str | None]:
+    """Return the length and the fingerprint of the training set.
+
+    Args:
+        options: With ``train_set``, an import path; None: the log says what it is.
+
+    Raises:
+        BadInput: If neither says how long it is, or it is not that of the log.
+    """
+    if options.train_set is not None:
+        train_set, _ = import_train_set(options, must_exist=False)
+        return len(train_set), fingerprint(train_set)
+    size, data_set = None, None
+    if os.path.exists(options.log):
+        size, data_set = training_set_in(read_entries(options.log))
+    if size is None:
+        raise BadInput(
+            f"--data: no request in {options.log} says how many examples the training "
+            "set has. Name the training set: --data my_project:train_set."
+        )
+    return size, data_set
+
+
+def _submitted_text(
+    options: argparse.Namespace, facts: Mapping[str, Any], key: str
+) -> str:
+    """Return what was entered as text, and how it is carried out.
+
+    Args:
+        options: The parsed arguments.
+        facts: The answer for programs.
+        key: The file with the key of the persons' hashes; empty if no person is named.
+    """
+    lines = []
+    for row in facts["submitted"]:
+        start = "Entered before" if row["entered_before"] else "Entered"
+        size = _examples(len(row["indices"]))
+        lines.append(
+            f"{start} in {options.log} as {row['request_id']}: {size}, {_state(row)}."
+        )
+    if any(row["state"] == "pending" for row in facts["submitted"]):
+        named = "--forget-person and --owners" if key else "--forget"
+        if options.request_id is not None:
+            named += f", and with --request-id {options.request_id}"
+        lines.append(
+            f"To carry it out, call 'opacus-pi unlearn --log {options.log}' with the "
+            f"same {named}."
+        )
+    if key:
+        lines.append(
+            f"The key of the persons' hashes is in {key}: keep a copy of it apart from "
+            "the log."
+        )
+    return "\n".join([*lines, _KEEP_HEAD, facts["head"]])
+
+
+def _list(options: argparse.Namespace) -> None:
+    """List the requests of the log."""
+    with about("LOG", _WRITTEN_BY):
+        head = verify(options.log).head
+    rows = _listed(options, options.person)
+    counts = {
+        f"num_{name}": sum(row.state == state for row in rows)
+        for name, state in (
+            ("pending", "pending"),
+            ("carried_out", "carried out"),
+            ("redacted", "redacted"),
+        )
+    }
+    shown = [r for r in rows if r.state == "pending" or not options.pending]
+    facts = {**counts, "requests": [_facts_of(row) for row in shown], "head": head}
+    _answer(options, facts, _list_text(options, facts))
+
+
+def _list_text(options: argparse.Namespace, facts: Mapping[str, Any]) -> str:
+    """Return the requests as a table, under a line that counts them."""
+    of = "" if options.person is None else f" of {options.person}"
+    first = (
+        f"Requests{of} in {options.log}: {facts['num_pending']} pending, "
+        f"{facts['num_carried_out']} carried out, {facts['num_redacted']} redacted."
+    )
+    rows = [
+        [
+            row["request_id"] or "(redacted)",
+            row["entry"],
+            row["time"],
+            None if row["indices"] is None else len(row["indices"]),
+            _state(row),
+        ]
+        for row in facts["requests"]
+    ]
+    header = ("request", "entry", "submitted", "examples", "state")
+    parts = [first, table(header, rows)] if rows else [first]
+    return "\n\n".join([*parts, f"Head of the log: {facts['head']}"])
+
+
+def _export(options: argparse.Namespace) -> None:
+    """Write the log for an auditor."""
+    rows = _listed(options)
+    shown = _entries_of(options.disclose, rows)
+    log = DeletionLog(options.log)
+    with about("--out", "Name a file in a directory that can be written."):
+        export_log(log, options.export_file, disclose=shown)
+        found = verify_export(options.export_file)
+    facts = {
+        "written": options.export_file,
+        "num_entries": found.num_entries,
+        "disclosed": shown,
+        "head": found.head,
+    }
+    numbers = ", ".join(map(str, shown)) or "none"
+    text = (
+        f"Wrote {options.export_file}: {found.num_entries} entries, of which the "
+        f"content of these is disclosed: {numbers}.\n"
+        f"The auditor checks it with 'opacus-pi verify {options.export_file} HEAD'. "
+        f"The head is now:\n{found.head}"
+    )
+    _answer(options, facts, text)
+
+
+def _entries_of(names: Sequence[str], rows: Sequence[ListedRequest]) -> list[int]:
+    """Return the entries about some requests: the request, and that it was done.
+
+    Args:
+        names: The names of the requests.
+        rows: All requests of the log.
+
+    Raises:
+        BadInput: If the log has no request of a name.
+    """
+    by_name = {row.request_id: row for row in rows if not row.redacted}
+    shown: set[int] = set()
+    for name in names:
+        if name not in by_name:
+            raise BadInput(
+                f"--disclose: {name} is not the name of a request of this log, or it "
+                "was redacted. 'opacus-pi log list' shows the names."
+            )
+        row = by_name[name]
+        shown.add(row.entry)
+        if row.done_entry is not None:
+            shown.add(row.done_entry)
+    return sorted(shown)
+
+
+def _redact(options: argparse.Namespace) -> None:
+    """Remove what the log says about a request that was carried out."""
+    rows = {row.request_id: row for row in _listed(options)}
+    size, _ = training_set_in(read_entries(options.log))
+    requests = DeletionRequests(options.log, size or ANY_NUMBER)
+    requests.redact(options.request_id, options.reason)
+    facts = {"redacted": rows[options.request_id].entry, "head": requests.log.head}
+    text = (
+        f"Removed the name, the person and the examples of entry {facts['redacted']} "
+        f"from {options.log}. Copies and exports of the log, and record.json of the "
+        "runs, are not changed: remove them yourself.\n"
+        f"{_KEEP_HEAD}\n{facts['head']}"
+    )
+    _answer(options, facts, text)
+
+
+def _listed(
+    options: argparse.Namespace, person: str | None = None
+) -> list[ListedRequest]:
+    """Return the requests of the log, or those of a person.
+
+    Raises:
+        BadInput: If there is no such log, it is damaged, or its key is missing.
+    """
+    with about("LOG", _WRITTEN_BY):
+        return list_requests(options.log, person)
+
+
+def _facts_of(row: ListedRequest) -> dict[str, Any]:
+    """Return a request as JSON facts."""
+    return {**vars(row), "state": row.state}
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    """Return the state of a request in words, with the time when it was carried out."""
+    if row["done_time"] is None:
+        return str(row["state"])
+    return f"{row['state']}, {row['done_time']} (entry {row['done_entry']})"
+
+
+def _examples(number: int) -> str:
+    """Return a number of examples in words."""
+    return "1 example" if number == 1 else f"{number} examples"
+
+
+def _answer(options: argparse.Namespace, facts: Mapping[str, Any], text: str) -> None:
+    """Print an answer that names the action and the log."""
+    named = {"format": FORMAT, "action": options.action, "deletion_log": options.log}
+    answer(options, {**named, **facts}, text)
+
+
+_ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "submit": _submit,
+    "list": _list,
+    "export": _export,
+    "redact": _redact,
+}

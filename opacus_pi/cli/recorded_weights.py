@@ -1,0 +1,92 @@
+"""Refuse a ledger of other weights before a request is entered in the deletion log.
+
+A ledger proves something only about the weights that its training left. If they are
+others, no number can be claimed after the run, and the entry in the log cannot be taken
+back. So the weights are compared first.
+
+*Guarantee.* A run whose ledgers all name the weights that they left starts from such
+weights, or nothing is entered and nothing is trained.
+*What breaks it.* Nothing is compared if a ledger names no weights or says that they
+were changed after its training, or if the weights beside the log do not say from which
+weights its runs started (after rewinds and in files of earlier releases). The guarantee
+then lists what is known.
+"""
+
+import argparse
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi.cli.errors import BadInput
+from opacus_pi.models.weights_name import weights_name
+from opacus_pi.unlearning import Unlearner
+from opacus_pi.unlearning.claims import left_other_weights, runs_in
+from opacus_pi.unlearning.honouring_weights import weights_path_of
+
+
+def require_recorded_weights(
+    options: argparse.Namespace,
+    unlearner: Unlearner,
+    forget: NDArray[np.int64],
+    going_back: dict[str, Any],
+) -> None:
+    """Refuse weights that the recorded training did not leave, where that is known.
+
+    Args:
+        options: The parsed arguments of ``unlearn``.
+        unlearner: Has the ledgers, and continues from the weights beside the log if
+            there are any.
+        forget: The examples that the next run is to forget.
+        going_back: The arguments of a rewind; empty: no rewind.
+
+    Raises:
+        BadInput: If the weights are others.
+        ValueError: As ``Unlearner.plan_rewind``.
+    """
+    if going_back:
+        _require_weights_to_keep(options, unlearner, forget, going_back)
+        return
+    runs = runs_in(unlearner.ledger)
+    if not left_other_weights(runs, unlearner.model, unlearner.history):
+        return
+    held = f"--model with --weights {options.weights}"
+    if unlearner.history.trained:
+        held = f"the weights from which the requests in {options.log} started"
+    several = len(runs) > 1
+    raise BadInput(
+        f"--ledger: {', '.join(options.ledger)} "
+        f"{'name' if several else 'names'} by SHA-256 the weights that "
+        f"{'their trainings' if several else 'its training'} left, and those of {held} "
+        "are others: they are of another training, or were changed after it. Nothing "
+        "was entered. Name the ledger of the training that left these weights, or "
+        "leave out --ledger; the guarantee is then empirical."
+    )
+
+
+def _require_weights_to_keep(
+    options: argparse.Namespace,
+    unlearner: Unlearner,
+    forget: NDArray[np.int64],
+    going_back: dict[str, Any],
+) -> None:
+    """Refuse a rewind that would keep a model which is not the trained one.
+
+    A rewind that trains something again starts from a saved state, whatever the weights
+    of the model are.
+    """
+    plan = unlearner.plan_rewind(forget, **going_back)
+    record = going_back["checkpoints"].record
+    if not plan.is_free or weights_name(unlearner.model) == record.weights:
+        return
+    held = f"--weights: {options.weights} does"
+    remedy = "Name the weights of the trained model"
+    if options.log and weights_path_of(os.path.realpath(options.log)).exists():
+        held = f"--log: the weights beside {options.log} do"
+        remedy = "Leave out --checkpoints: the request is then carried out on them"
+    raise BadInput(
+        f"{held} not hold what the training of --checkpoints {options.checkpoints} "
+        "left (their SHA-256 differs). For this request nothing has to be trained "
+        f"again, so the trained model would be kept. Nothing was entered. {remedy}."
+    )

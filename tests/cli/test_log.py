@@ -1,0 +1,305 @@
+"""The deletion log from the command line is the library's, and no key is printed."""
+
+import json
+import stat
+
+import pytest
+
+from opacus_pi.unlearning import exported_entries, list_requests
+from opacus_pi.unlearning.deletion_log import DeletionLog, verify
+from opacus_pi.unlearning.requests import DeletionRequests
+from tests.cli.conftest import DATA, MODEL
+
+OWNERS = {"p03": [17, 3], "p04": [5], "twin": [5]}
+TRAIN = DATA[:2]
+UNLEARN = ("unlearn", *MODEL, *TRAIN, "--epochs", "1")
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "deletions.db"
+
+
+@pytest.fixture
+def owners(tmp_path):
+    (tmp_path / "owners.json").write_text(json.dumps(OWNERS))
+    return tmp_path / "owners.json"
+
+
+def names_of(rows):
+    return [row.request_id for row in rows]
+
+
+# ------------------------------------------------------------------ submit
+
+
+def test_a_request_is_entered_and_not_carried_out(answer, log, tmp_path):
+    import cli_project
+
+    from opacus_pi.ledger import fingerprint
+
+    found = answer("log", "submit", log, *TRAIN, "--forget", "17,3")
+    (row,) = found["submitted"]
+    assert row["indices"] == [3, 17] and row["state"] == "pending"
+    assert found["head"] == verify(log).head and not row["entered_before"]
+    (request,) = DeletionRequests(log, 120).pending
+    assert request.request_id == row["request_id"]
+    (entry,) = DeletionLog(log).entries()
+    assert entry.payload["data_set"] == fingerprint(cli_project.train_set())
+    assert entry.payload["num_examples"] == 120
+    again = answer("log", "submit", log, "--forget", "3,17")
+    assert again["submitted"][0]["entered_before"] and again["head"] == found["head"]
+    assert {path.name for path in tmp_path.iterdir()} == {"deletions.db"}
+
+
+def test_unlearn_carries_out_the_request_that_was_submitted(run, answer, log, tmp_path):
+    for example, name in (("3", ()), ("5", ("--request-id", "2026-002"))):
+        words = ("--forget", example, *name)
+        (row,) = answer("log", "submit", log, *TRAIN, *words)["submitted"]
+        found = answer(*UNLEARN, "--log", log, *words, "--out", tmp_path / example)
+        assert found["request_id"] == row["request_id"] and found["carried_out"]
+    rows = list_requests(log)
+    assert [row.state for row in rows] == ["carried out"] * 2
+    code, out, _ = run("log", "submit", log, "--forget", "3")
+    assert code == 0 and out.startswith("Entered before in") and "carried out, 2" in out
+    assert "To carry it out" not in out
+
+
+def test_a_person_is_stored_as_a_keyed_hash(run, answer, log, owners, tmp_path):
+    words = (*TRAIN, "--owners", owners, "--forget-person")
+    code, out, err = run("log", "submit", log, *words, "p03")
+    assert (code, err) == (0, "")
+    key = (tmp_path / "deletions.db.key").read_text().strip()
+    assert f"{log}.key" in out and key not in out and b"p03" not in log.read_bytes()
+    found = answer("log", "submit", log, *words, "p04", "--forget-person", "twin")
+    assert [row["indices"] for row in found["submitted"]] == [[5], [5]]
+    requests = DeletionRequests(log, 120, OWNERS)
+    (own,) = requests.submitted_by("p03")
+    assert own.indices == (3, 17) and len(requests.pending) == 3
+    done = answer(*UNLEARN, *words[2:], "p03", "--log", log, "--out", tmp_path / "run")
+    assert done["request_id"] == own.request_id
+    assert [own.request_id] == [
+        row["request_id"]
+        for row in answer("log", "list", log, "--person", "p03")["requests"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--forget", "3"), "--data: no request in "),
+        ((*TRAIN, "--forget", "120"), "--forget must be in [0, 120), got 120"),
+        ((*TRAIN, "--forget", "a.txt"), "--forget: no such file: a.txt"),
+        ((*TRAIN,), "one of the arguments --forget --forget-person is required"),
+        ((*TRAIN, "--forget-person", "p03"), "--forget-person: no file lists"),
+        (
+            (*TRAIN, "--forget-person", "p9", "--owners", "FILE"),
+            "--forget-person: p9 is not one of the 3 persons",
+        ),
+        (
+            (*TRAIN, *("--forget-person", "p03") * 2, "--owners", "FILE"),
+            "a person is named twice",
+        ),
+        (
+            (*TRAIN, *("--forget-person", "p03", "--request-id", "p03"))
+            + ("--owners", "FILE"),
+            "--request-id: it is the person's id",
+        ),
+        (("--data", "cli_project:nothing", "--forget", "3"), "--data"),
+    ],
+)
+def test_what_cannot_be_submitted_makes_no_log(run, log, owners, words, message):
+    words = [owners if word == "FILE" else word for word in words]
+    code, out, err = run("log", "submit", log, *words)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and message in err
+    assert not log.exists() and not log.with_name("deletions.db.key").exists()
+
+
+def test_another_training_set_than_that_of_the_log(run, answer, log):
+    answer("log", "submit", log, *TRAIN, "--forget", "3")
+    before = log.read_bytes()
+    for other, message in (
+        ("other_set", "--data: data_set must be TensorDataset:120"),
+        ("test_set", "--data: num_examples must be 120"),
+    ):
+        words = ("--data", f"cli_project:{other}", "--forget", "5")
+        code, _, err = run("log", "submit", log, *words)
+        assert code == 2 and message in err and err.count("\n") == 1
+    words = ("--forget", "5", "--request-id")
+    answer("log", "submit", log, *words, "x")
+    code, _, err = run("log", "submit", log, "--forget", "6", "--request-id", "x")
+    assert code == 2 and "--request-id 'x' was submitted before for other" in err
+    assert before != log.read_bytes() and len(list_requests(log)) == 2
+
+
+def test_after_the_data_of_forgotten_examples_were_erased(answer, log, tmp_path):
+    answer(*UNLEARN, "--forget", "3,4", "--log", log, "--out", tmp_path / "a")
+    words = ("--data", "cli_project:without_erased", "--forget", "7")
+    (row,) = answer("log", "submit", log, *words)["submitted"]
+    assert row["indices"] == [7] and row["state"] == "pending"
+
+
+# ------------------------------------------------------------------ list
+
+
+@pytest.fixture
+def kept(answer, log, tmp_path):
+    """A log with one request that was carried out, and one that is pending."""
+    words = ("--forget", "3", "--request-id", "2026-001", "--out", tmp_path / "a")
+    answer(*UNLEARN, *words, "--log", log)
+    answer("log", "submit", log, "--forget", "5,6", "--request-id", "2026-002")
+    return log
+
+
+def test_the_list_says_what_is_pending(run, answer, kept):
+    found = answer("log", "list", kept)
+    first, second = found["requests"]
+    assert first["state"] == "carried out" and first["done_entry"] == 1
+    assert second["state"] == "pending" and second["indices"] == [5, 6]
+    assert (found["num_pending"], found["num_carried_out"]) == (1, 1)
+    assert found["head"] == verify(kept).head
+    pending = answer("log", "list", kept, "--pending")
+    assert pending["requests"] == [second] and pending["num_carried_out"] == 1
+    code, out, err = run("log", "list", kept)
+    assert (code, err) == (0, "") and "1 pending, 1 carried out, 0 redacted." in out
+    assert "2026-001" in out and "(entry 1)" in out and found["head"] in out
+
+
+def test_the_list_changes_nothing(run, kept, tmp_path):
+    kept.chmod(0o444)
+    before = {p: (p.stat().st_mode, p.stat().st_mtime_ns) for p in tmp_path.iterdir()}
+    assert run("log", "list", kept)[0] == 0
+    after = {p: (p.stat().st_mode, p.stat().st_mtime_ns) for p in tmp_path.iterdir()}
+    assert before == after
+
+
+def test_the_list_in_a_file_is_for_the_owner_only(run, kept, tmp_path):
+    path = tmp_path / "requests.json"
+    assert run("log", "list", kept, "--out", path)[0] == 0
+    assert len(json.loads(path.read_text())["requests"]) == 2
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    code, _, err = run("log", "list", kept, "--out", kept)
+    assert code == 2 and "is named twice" in err and len(list_requests(kept)) == 2
+
+
+def test_without_the_key_no_person_is_found(run, answer, log, owners):
+    words = (*TRAIN, "--owners", owners, "--forget-person", "p03")
+    answer("log", "submit", log, *words)
+    key = log.with_name("deletions.db.key")
+    kept = key.read_bytes()
+    other = "ab" * 32
+    for content, message in ((None, "must exist"), (other, "another one")):
+        key.unlink() if content is None else key.write_text(content)
+        code, out, err = run("log", "list", log, "--person", "p03")
+        assert (code, out) == (2, "") and message in err and "LOG: " in err
+        assert other not in err and kept.decode().strip() not in err
+        assert answer("log", "list", log)["num_pending"] == 1
+    key.write_bytes(kept)
+    assert answer("log", "list", log, "--person", "p04")["requests"] == []
+
+
+def test_a_log_that_lost_its_last_entries_is_refused(run, kept):
+    whole = kept.read_bytes()
+    fresh = kept.with_name("fresh.db")
+    DeletionRequests(fresh, 120).submit("other", indices=[9])
+    kept.write_bytes(fresh.read_bytes())  # the weights beside it are those of before
+    code, _, err = run("log", "list", kept)
+    assert code == 2 and "does not have the weights that honour" in err
+    kept.write_bytes(whole)
+    assert run("log", "list", kept)[0] == 0
+
+
+# ------------------------------------------------------------------ export, redact
+
+
+def test_an_auditor_sees_what_is_disclosed(run, answer, kept, tmp_path):
+    path = tmp_path / "for_auditor.json"
+    found = answer("log", "export", kept, "--out", path)
+    assert found["num_entries"] == 3 and found["disclosed"] == []
+    assert all(entry.payload is None for entry in exported_entries(path))
+    assert b"2026-001" not in path.read_bytes()
+    again = answer("log", "export", kept, "--out", path)  # a newer one replaces it
+    assert again["head"] == found["head"]
+    one = tmp_path / "one.json"
+    found = answer("log", "export", kept, "--disclose", "2026-001", "--out", one)
+    assert found["disclosed"] == [0, 1]
+    shown = [entry.payload is not None for entry in exported_entries(one)]
+    assert shown == [True, True, False]
+    code, out, _ = run("verify", one, found["head"])
+    assert code == 0 and found["head"] in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--disclose", "2026-009", "--out", "NEW"), "--disclose: 2026-009 is not the"),
+        (("--out", "LOG"), "is named twice"),
+        (("--out", "no/x.json"), "argument --out: no/x.json cannot be written"),
+        ((), "the following arguments are required: --out"),
+    ],
+)
+def test_what_cannot_be_exported_writes_nothing(run, kept, tmp_path, words, message):
+    before = kept.read_bytes()
+    places = {"LOG": kept, "NEW": tmp_path / "new.json"}
+    code, out, err = run("log", "export", kept, *(places.get(w, w) for w in words))
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+    assert kept.read_bytes() == before and not (tmp_path / "new.json").exists()
+
+
+def test_a_request_is_redacted_once_it_was_carried_out(run, answer, kept, tmp_path):
+    words = ("log", "redact", kept, "--request-id")
+    code, _, err = run(*words, "2026-002")
+    assert code == 2 and "--request-id must name a request that was carried out" in err
+    assert "opacus-pi unlearn --log" in err
+    code, _, err = run(*words, "2026-009")
+    assert code == 2 and "--request-id must name a request of this log" in err
+    found = answer(*words, "2026-001", "--reason", "retention is over")
+    assert found["redacted"] == 0 and found["head"] == verify(kept).head
+    assert b"2026-001" not in kept.read_bytes() and verify(kept).redacted == (0,)
+    (redaction,) = [e for e in DeletionLog(kept).entries() if e.kind == "redaction"]
+    assert redaction.payload == {"entry": 0, "reason": "retention is over"}
+    rows = answer("log", "list", kept)["requests"]
+    assert [row["state"] for row in rows] == ["redacted", "pending"]
+    code, out, _ = run("log", "list", kept)
+    assert code == 0 and "(redacted)" in out
+    out = tmp_path / "x.json"
+    code, _, err = run("log", "export", kept, "--disclose", "2026-001", "--out", out)
+    assert code == 2 and "it was redacted" in err
+    code, _, err = run(*words, "2026-001")
+    assert code == 2 and "No such request was submitted, or it was redacted" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("list",),
+        ("export", "--out", "new.json"),
+        ("redact", "--request-id", "x"),
+    ],
+)
+def test_only_submit_makes_a_log(run, tmp_path, words):
+    action, *more = words
+    code, out, err = run("log", action, tmp_path / "none.db", *more)
+    assert (code, out) == (2, "") and f"LOG: no such file: {tmp_path}/none.db" in err
+    for other in ("ledger.safetensors", "cli_project.py"):
+        code, out, err = run("log", action, other, *more)
+        assert (code, out) == (2, "") and "LOG: path must be a deletion log" in err
+        assert other in err
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("action", ["submit", "list", "export", "redact"])
+def test_an_edited_log_is_named(run, kept, tmp_path, action):
+    content = kept.read_bytes()
+    kept.write_bytes(content.replace(b"[5,6]", b"[5,7]"))
+    before = kept.read_bytes()
+    assert before != content
+    more = {
+        "submit": ("--forget", "7"),
+        "export": ("--out", tmp_path / "x.json"),
+        "redact": ("--request-id", "2026-001"),
+    }
+    code, out, err = run("log", action, kept, *more.get(action, ()))
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "LOG: " in err and "deletions.db" in err and "Restore the file" in err
+    assert kept.read_bytes() == before and not (tmp_path / "x.json").exists()
