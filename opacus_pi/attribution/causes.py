@@ -22,6 +22,7 @@ __all__ = [
     "ALIKE_IN_COLLATE",
     "ANOTHER_INPUT",
     "ANOTHER_PASS",
+    "BESIDE_BATCHES",
     "BY_HAND",
     "CAUSES",
     "CHANGED_IN_COLLATE",
@@ -52,7 +53,6 @@ __all__ = [
     "ROWS_IN_MODEL",
     "SEVERAL_BATCHES",
     "SHARED_INPUT",
-    "SOMETIMES",
     "TAKEN_OVER",
     "TRUSTED",
     "TWO_TENSORS",
@@ -92,8 +92,8 @@ COMPUTED = Cause(
     "unchecked",
     "The model's inputs are neither the tensors that the data loader delivered nor "
     "copies of them, so samples are assumed to be in the order of the latest batch. If "
-    "your loop reorders or mixes samples after loading, this is wrong. Transform "
-    "inputs in the data set or in collate_fn instead.",
+    "your loop reorders or mixes samples after loading, or takes them from elsewhere, "
+    "this is wrong. Transform inputs in the data set or in collate_fn instead.",
 )
 CHANGED_IN_PLACE = Cause(
     "the delivered batch was changed in place",
@@ -105,8 +105,8 @@ CHANGED_IN_PLACE = Cause(
 MOVED_AND_CHANGED = Cause(
     "some samples were moved and others were changed",
     "unattributed",
-    "The loop moved some samples of a batch to other positions and changed others, so "
-    "the changed ones cannot be matched. " + _IN_THE_DATA_SET,
+    "The loop moved some samples to other positions and changed others, so the changed "
+    "ones cannot be matched. " + _IN_THE_DATA_SET,
 )
 VALUES_MOVED = Cause(
     "the training loop moved values of the batch to other positions",
@@ -134,9 +134,10 @@ MIXED = Cause(
 UNTRACED = Cause(
     "the model's inputs cannot be traced to one batch",
     "unattributed",
-    "The model's inputs cannot be traced to one delivered batch: the loop computed "
-    "them while several batches were in use. Transform inputs in the data set or in "
-    "collate_fn.",
+    "The model's inputs are neither the tensors that the data loader delivered nor "
+    "copies of them, and may come from several batches: some that were delivered "
+    "before had not been recognised in the model. Give the model each batch before "
+    "the next one is delivered, or transform inputs in the data set or in collate_fn.",
 )
 OTHER_SIZE = Cause(
     "the model's inputs have another number of samples than the batch",
@@ -147,12 +148,13 @@ OTHER_SIZE = Cause(
     "sample for each example. If another loader delivered them, use the one that "
     "make_private returned.",
 )
-SOMETIMES = Cause(
-    "the training loop computed the inputs of some batches",
+BESIDE_BATCHES = Cause(
+    "the training loop gives the model other inputs beside the batches",
     "unattributed",
     "The model's inputs are neither the tensors that the data loader delivered nor "
-    "copies of them, although those of other batches were. So it is not known what "
-    "they were computed from. Transform inputs in the data set or in collate_fn.",
+    "copies of them, and the loop also gave the model delivered batches beside such "
+    "inputs. So it is not known what they were computed from. If they were computed "
+    "from the batch, compute them in the data set or in collate_fn instead.",
 )
 NOT_DELIVERED = Cause(
     "the data loader did not deliver these inputs",

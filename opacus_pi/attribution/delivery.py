@@ -145,6 +145,7 @@ class Delivery:
             those whose gradients were cleared.
         num_updates: How many updates its samples entered.
         num_samples_used: How many samples entered updates, of all its forward passes.
+        was_assumed: Whether an update used inputs that were only assumed to be it.
         num_left: How many of its samples no update used, when it last entered one.
         batch: A copy of what the loop received, if the tracker keeps batches.
         targets: Copies of the targets in it, if only these are kept.
@@ -166,6 +167,7 @@ class Delivery:
     num_recognised: int = 0
     num_updates: int = 0
     num_samples_used: int = 0
+    was_assumed: bool = False
     num_left: int = 0
     batch: Any = None
     targets: Any = None

@@ -11,7 +11,8 @@ sample and the entries that are compared are as they were at delivery, or if its
 checksum is that of one delivered sample. Every input that is recognised must have the
 same example in the same position. ``assumed`` verifies nothing. It assumes that inputs
 that were not recognised are the latest batch, in its order. It does so only if no other
-batch is waiting to be used and the latest batch itself was not given to the model.
+batch is waiting to be used, the latest batch itself was not given to the model, and the
+loop has neither moved samples nor given the model other inputs beside a batch.
 
 *What breaks it.* Of a sample with more than 512 entries, 256 to 512 are compared, in
 drawn places. A change of a share f of its entries, made without knowing these places,
@@ -36,6 +37,7 @@ from torch import Tensor
 from opacus_pi.attribution.causes import (
     ALIKE,
     ANOTHER_INPUT,
+    BESIDE_BATCHES,
     CHANGED_IN_PLACE,
     COMPUTED,
     EQUAL_NUMBERS,
@@ -46,7 +48,6 @@ from opacus_pi.attribution.causes import (
     NOT_DELIVERED,
     OTHER_SIZE,
     SEVERAL_BATCHES,
-    SOMETIMES,
     UNTRACED,
     VALUES_MOVED,
     Cause,
@@ -471,7 +472,8 @@ def assumed(
     dim: int,
     recent: Sequence[Delivery],
     *,
-    usually_known: bool,
+    has_others: bool = False,
+    has_moved: bool = False,
     is_view: bool = False,
     cause: Cause = COMPUTED,
 ) -> ForwardPass:
@@ -481,8 +483,10 @@ def assumed(
         tensors: The model's inputs.
         dim: Their dimension that runs over the samples.
         recent: Deliveries, the newest first.
-        usually_known: Whether this loop's inputs were recognised before. Inputs that
-            are not recognised now are then not assumed to be the latest batch.
+        has_others: Whether this loop gave the model other inputs beside a batch that
+            was recognised. Inputs that are not recognised may then be such ones.
+        has_moved: Whether this loop moved samples of a batch to other positions. The
+            order of the latest batch is then not assumed.
         is_view: Whether they may be another view of a batch that was recognised.
         cause: Why no sample was recognised.
     """
@@ -500,11 +504,12 @@ def assumed(
         reason = OTHER_SIZE
     elif not _is_only_candidate(latest, recent):
         reason = UNTRACED
-    elif usually_known and latest.differing:
-        reason = SOMETIMES
+    elif has_others and latest.differing:
+        reason = BESIDE_BATCHES
     if reason is not None:
         return ForwardPass(None, "", None, reason, num_inputs=size, latest=latest)
-    cause_of_loss = _lost_order_of(tensors, dim, latest)
+    moved = MOVED_AND_CHANGED if has_moved else None
+    cause_of_loss = moved or _lost_order_of(tensors, dim, latest)
     if cause_of_loss is not None:
         return ForwardPass(None, "", latest, cause_of_loss, num_inputs=size)
     unattributed = Counter[Cause]()

@@ -16,11 +16,13 @@ update used a later batch. Three things that correct loops do are not counted:
 
 Once a batch was skipped, the batches of unused passes count, too. If the loop draws
 each batch from a pass of its own, by ``next(iter(loader))``, so does a pass that it
-left without an update.
+left without an update. A loop that still holds the pass of its last update does not
+draw like this, so a pass that it begins meanwhile is an evaluation, unless it made an
+update with an earlier one of these.
 
 *What breaks it.* A loop that chooses when to stop training, or when to leave a pass, by
-looking at batches. If a batch was used but not recognised, it counts as skipped; the
-link "identity" counts its samples as unattributed.
+looking at batches. If a batch was used but not recognised, it counts as skipped; its
+samples are unattributed, and the sentence says that they may be of such batches.
 
 >>> skipped = SkippedBatches()
 >>> skipped.num
@@ -49,6 +51,7 @@ class SkippedBatches:
         self._num_of_pass = 0  # of unused passes, if another update follows
         self._pass: LoaderPass | None = None
         self._is_pass_for_each = False  # whether the loop makes an update a pass
+        self._newest_for_one = 0  # the number of the newest such pass
 
     @property
     def num(self) -> int:
@@ -81,7 +84,7 @@ class SkippedBatches:
         """
         is_used = before.last_used > 0
         if is_used:
-            self._is_pass_for_each = not before.has_ended and before.num_filled == 1
+            self._note_used(before)
         if before.is_under_way or (is_used and not before.has_ended):
             return
         num = before.num_filled - before.last_used
@@ -94,6 +97,20 @@ class SkippedBatches:
         else:
             self._num_of_pass += num
         before.last_used = before.num_filled
+
+    def _note_used(self, before: LoaderPass) -> None:
+        """Note whether the loop draws each batch from a pass of its own.
+
+        Args:
+            before: A pass of which a batch entered an update.
+        """
+        if before.is_under_way:  # later passes may have been for one update each
+            self._is_pass_for_each = before.number < self._newest_for_one
+            return
+        is_for_one = not before.has_ended and before.num_filled == 1
+        if is_for_one:
+            self._newest_for_one = before.number
+        self._is_pass_for_each = is_for_one
 
     def entered_update(self, delivery: Delivery) -> None:
         """Note that a batch entered an update, its first one.

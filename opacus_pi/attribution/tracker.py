@@ -49,6 +49,8 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._torch_compat import storage_address
 from opacus_pi.attribution.causes import (
     ADDED_IN_COLLATE,
+    ANOTHER_PASS,
+    BESIDE_BATCHES,
     BY_HAND,
     CAUSES,
     COMPUTED,
@@ -56,7 +58,9 @@ from opacus_pi.attribution.causes import (
     INPUTS_DISAGREE,
     MIXED,
     MIXED_IN_COLLATE,
+    MOVED_AND_CHANGED,
     NO_INDICES,
+    NOT_DELIVERED,
     OWN_BATCHES,
     PARTS_IN_COLLATE,
     PASSES_DISAGREE,
@@ -138,6 +142,20 @@ _SKIPPED = (
     "Make one update with each delivered batch. If the choice did not depend on the "
     "data, nothing needs to be done."
 )
+_UNRECOGNISED = (
+    "{num} of {total} batches that the loader delivered were not recognised in any "
+    "update, and later ones were. Their samples may be among the unattributed "
+    "ones. If the loop left these batches out, and chose them by looking at the "
+    "examples, one example decides whether the others of its batch are used. No "
+    "accounting covers that. Give the model the tensors that the data loader delivered."
+)
+_WITHDRAWN = (
+    "{num} samples of earlier updates were assumed to be the latest batch in its "
+    "order. Later the loop gave the model other inputs beside a batch, or moved "
+    "samples. So their norms may be charged to the wrong examples."
+)
+# Causes that show that a loop gives the model other inputs beside its batches.
+_OTHERS = frozenset(c.name for c in (ANOTHER_PASS, BESIDE_BATCHES, NOT_DELIVERED))
 _BREAKING = (
     INPUTS_DISAGREE,
     MIXED,
@@ -224,6 +242,8 @@ class Tracker:
         self.contents = ItemContents()
         self._entered: list[Delivery] = []
         self._num_backward = 0
+        # Samples of whole batches that are assumed, and those that were until then.
+        self._num_computed = self._num_withdrawn = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: options and counts, and no batches.
@@ -380,8 +400,13 @@ class Tracker:
         )
         if found is not None:
             return found
-        known = self.verify and self.counts["by_storage"] + self.counts["by_content"]
-        return assumed(tensors, dim, recent, usually_known=bool(known))
+        return assumed(
+            tensors,
+            dim,
+            recent,
+            has_others=self.verify and not self.causes.keys().isdisjoint(_OTHERS),
+            has_moved=self._order.has_moved,
+        )
 
     def mark_backward(self, forward: ForwardPass, *, clipping: bool = False) -> None:
         """Record that the backward pass has reached the output of a forward pass.
@@ -505,7 +530,6 @@ class Tracker:
                 tensors_in(gradients),
                 0,
                 self._recent,
-                usually_known=False,
                 is_view=True,
                 cause=BY_HAND,
             )
@@ -634,6 +658,9 @@ class Tracker:
         if self.counts["unattributed"]:
             chain.leave_unchecked("rows", _UNKNOWN_ROWS, warn=False)
             chain.leave_unchecked("draw", _UNKNOWN_DRAWS, warn=False)
+        if num := self._num_withdrawn:
+            sentence = _WITHDRAWN.format(num=num)
+            chain.leave_unchecked("identity", sentence, warn=False)
         if UNSEEN.name in self.causes:
             chain.leave_unchecked("model", _UNSEEN_MODEL, warn=False)
 
@@ -654,7 +681,8 @@ class Tracker:
         num, before = self._skipped.num, self._said_skipped
         if not num:
             return
-        sentence = _SKIPPED.format(num=num, total=num + self._skipped.num_used)
+        sentence = _UNRECOGNISED if self.counts["unattributed"] else _SKIPPED
+        sentence = sentence.format(num=num, total=num + self._skipped.num_used)
         self._said_skipped = sentence
         chain.leave_unchecked(
             "draw", sentence, warn=not before, instead_of=before or None
@@ -667,6 +695,8 @@ class Tracker:
             forward: A pass with indices.
         """
         distinct, evidence = forward.distinct_indices(), forward.evidence
+        if self._num_computed:
+            self._withdraw_guesses(forward)
         if distinct is not None and evidence == "by_storage" and not forward.notes:
             self.counts[evidence] += len(distinct)  # nearly always
             return
@@ -676,6 +706,9 @@ class Tracker:
         num_assumed = 0
         if forward.evidence == "by_latest":
             num_assumed = num_known
+            if forward.cause is COMPUTED and forward.delivery is not None:
+                forward.delivery.was_assumed = True
+                self._num_computed += num_assumed
         elif forward.is_assumed is not None:
             num_assumed = int(np.count_nonzero((indices >= 0) & forward.is_assumed))
         causes = Counter(dict.fromkeys(forward.notes, num_known))
@@ -692,6 +725,33 @@ class Tracker:
         for cause, num in causes.items():
             if num:
                 self._note(cause, num)
+
+    def _withdraw_guesses(self, forward: ForwardPass) -> None:
+        """Withdraw the assumption that inputs were computed from the latest batch.
+
+        A pass contradicts it if it shows that the loop moves samples, or that an
+        earlier update was assumed to be of this batch. Samples that were assumed before
+        then count as unattributed.
+
+        Args:
+            forward: A pass that enters an update.
+        """
+        if not forward.is_recognised or forward.delivery is None:
+            return
+        if forward.delivery.was_assumed:
+            cause = BESIDE_BATCHES
+        elif self._order.has_moved:
+            cause = MOVED_AND_CHANGED
+        else:
+            return
+        num, self._num_computed = self._num_computed, 0
+        self._num_withdrawn += num
+        self.causes[COMPUTED.name] -= num
+        if not self.causes[COMPUTED.name]:
+            del self.causes[COMPUTED.name]
+        self.counts["by_latest"] -= num
+        self.counts["unattributed"] += num
+        self._note(cause, num)
 
     def _note(self, cause: Cause, num: int) -> None:
         """Count samples with a cause, and warn of it once, or raise if strict.

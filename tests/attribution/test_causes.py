@@ -29,17 +29,26 @@ def two_views(run):
         run.step(views, y.repeat_interleave(2))
 
 
-def transformed_at_last(run):
-    """Only the last batch is transformed."""
+def transformed_beside(run):
+    """Each batch is used for two updates: first transformed, then as it is."""
+    for x, y in run.loader:
+        run.step(x.exp(), y)
+        run.step(x, y)
+
+
+def permuted_or_transformed(run):
     for i, (x, y) in enumerate(run.loader):
-        run.step(x.exp() if i == len(run.loader) - 1 else x, y)
+        order = torch.arange(len(x)).flip(0)
+        x, y = x[order], y[order]
+        run.step(x.exp() if i % 2 else x, y)
 
 
 LOOPS = {  # cause: a loop that has it, and what its warning must say
     causes.COMPUTED: (loops.transformed, "without verification.*collate_fn"),
     causes.UNTRACED: (loops.look_ahead_transformed, "several batches.*collate_fn"),
     causes.OTHER_SIZE: (two_views, "more or fewer samples.*one sample for each"),
-    causes.SOMETIMES: (transformed_at_last, "although those of other batches were"),
+    causes.BESIDE_BATCHES: (transformed_beside, "delivered batches beside such inputs"),
+    causes.MOVED_AND_CHANGED: (permuted_or_transformed, "moved some samples to other"),
     causes.UNSEEN: (loops.inner_layers_only, "No forward pass.*Call the model itself"),
     causes.PASSES_DISAGREE: (loops.two_batches_in_one_loss, "Use one batch per loss"),
 }

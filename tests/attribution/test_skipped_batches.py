@@ -87,6 +87,31 @@ def after_a_backward_pass(run):
                 run.skipped += 1
 
 
+def by_content_with_evaluations(run):
+    for _ in range(6):
+        for batch in run.loader:
+            run.step_or_skip(batch, batch[0].sum() > 0)
+            run.is_hard(next(iter(run.loader)))
+    run.step(next(iter(run.loader)))
+
+
+def one_draw_beside_a_pass(run):
+    for _ in range(3):
+        for batch in run.loader:
+            run.step(batch)
+            other = next(iter(run.loader))
+            run.step_or_skip(other, run.used == 1 or run.is_hard(other))
+
+
+def one_draw_a_held_pass(run):
+    """As ``one_draw_a_pass``, but each iterator is held until the next one."""
+    for _ in range(20):
+        batches = iter(run.loader)
+        batch = next(batches)
+        run.step_or_skip(batch, not run.used or run.is_hard(batch))
+    run.step(next(iter(run.loader)))
+
+
 def one_draw_a_pass(run):
     run.step(next(iter(run.loader)))
     for _ in range(20):
@@ -98,7 +123,14 @@ def one_draw_a_pass(run):
 @pytest.mark.parametrize("poisson", [True, False])
 @pytest.mark.parametrize(
     "loop",
-    [hard_ones_only, by_content, after_a_backward_pass, one_draw_a_pass],
+    [
+        hard_ones_only,
+        by_content,
+        after_a_backward_pass,
+        one_draw_a_pass,
+        one_draw_a_held_pass,
+        one_draw_beside_a_pass,
+    ],
 )
 def test_skipped_batches_are_counted_and_said(loop, poisson):
     run = Run(poisson=poisson)
@@ -111,6 +143,16 @@ def test_skipped_batches_are_counted_and_said(loop, poisson):
     # of the last pass, what was skipped after its last update is not counted
     num = int(link.sentence.split()[0])
     assert run.skipped - 3 <= num <= run.skipped
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+def test_batches_are_skipped_although_others_are_for_evaluation(poisson):
+    run = Run(poisson=poisson)
+    by_content_with_evaluations(run)
+    assert run.skipped > 3
+    with pytest.warns(UserWarning, match="entered no update, and later ones did"):
+        run.engine.ledger  # noqa: B018
+    assert run.draw().state == "unchecked"
 
 
 def test_the_number_grows_and_is_said_once():
@@ -157,6 +199,29 @@ def shown_between(run):
             run.step(batch)
         next(iter(run.loader))
     run.step(next(iter(run.loader)))
+
+
+def evaluated_on_one_batch_within_a_pass(run):
+    run.step(next(iter(run.loader)))
+    for _ in range(2):
+        for batch in run.loader:
+            run.step(batch)
+            run.is_hard(next(iter(run.loader)))
+
+
+def evaluated_on_one_batch_every_second_update(run):
+    for _ in range(3):
+        for batch in run.loader:
+            run.step(batch)
+            if run.used % 2 == 0:
+                run.is_hard(next(iter(run.loader)))
+
+
+def evaluated_by_an_iterator_of_its_own(run):
+    others = iter(run.loader)
+    for batch in run.loader:
+        run.step(batch)
+        run.is_hard(next(others))
 
 
 def left_at_a_number_of_updates(run):
@@ -239,6 +304,9 @@ def in_physical_batches(run):
         evaluated_between,
         looked_at_first,
         shown_between,
+        evaluated_on_one_batch_within_a_pass,
+        evaluated_on_one_batch_every_second_update,
+        evaluated_by_an_iterator_of_its_own,
         left_at_a_number_of_updates,
         sliced,
         one_iterator,

@@ -56,7 +56,7 @@ def test_gradients_made_by_hand_beside_a_backward_pass(wrap_model):
 
 def test_gradients_made_by_hand_of_batches_kept_for_later():
     training = ByHand(poisson_sampling=False)
-    with pytest.warns(UserWarning, match="several batches were in use"):
+    with pytest.warns(UserWarning, match="may come from several batches"):
         for x, y in list(training.loader):
             training.batch(x, y)
     assert training.engine.attribution["unattributed"] == 24

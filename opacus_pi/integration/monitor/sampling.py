@@ -92,7 +92,7 @@ class BatchTracker(Tracker):
         tensors = [t for t in inputs if t.ndim > dim]
         found = recognised(tensors, dim, recent, verify=False)
         if found is None or found.delivery is None:
-            found = assumed(tensors, dim, recent, usually_known=False, is_view=True)
+            found = assumed(tensors, dim, recent, is_view=True)
         # Without a batch, or with one that an earlier pass used already, the inputs
         # may be copies of another batch. Content is compared last, as it costs most.
         if found.delivery is None or found.delivery.num_forward_passes:
