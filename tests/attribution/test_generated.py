@@ -293,8 +293,9 @@ def test_no_wrong_example_is_recognised(seed):
     assert sum(counts.values()) == loop.num_samples
     if counts["unattributed"]:
         assert any(CAUSES[name].state == "unattributed" for name in causes)
-    if loop.assumed_wrong:
-        assert any(CAUSES[name].state == "unchecked" for name in causes)
+    if loop.assumed_wrong:  # unchecked, or withdrawn by a later pass
+        is_unchecked = any(CAUSES[name].state == "unchecked" for name in causes)
+        assert is_unchecked or counts["unattributed"] >= loop.assumed_wrong
 
 
 @pytest.mark.parametrize("collate", KEEPING + FOLLOWED, ids=lambda c: c.__name__)
