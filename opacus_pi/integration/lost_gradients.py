@@ -2,10 +2,15 @@
 
 With per-example gradients (hooks, functorch, ew) Opacus replaces ``p.grad`` by the sum
 of clipped ``p.grad_sample``. Whatever reaches a weight without passing through the call
-of a layer is in ``p.grad`` only, and is lost: a penalty on the weights in the loss, the
-use of a weight in a function, what a gradient hook adds. Before clipping, the sum of
-the per-example gradients of a backward pass must be what the pass has added to
-``p.grad``.
+of a layer is in ``p.grad`` only, and is lost: a penalty on the weights in the loss, a
+parameter that only the loss uses, the use of a weight in a function, what a gradient
+hook adds. Before clipping, the sum of the per-example gradients of a backward pass must
+be what the pass has added to ``p.grad``.
+
+The gradient of a parameter that only the loss uses arrives before the backward pass
+reaches the outputs of the model. So ``p.grad`` is noted in the forward pass, and
+otherwise when the backward pass reaches the outputs. A loop may clear ``p.grad`` in
+between; then all of it is what the pass has added.
 
 *Guarantee.* In a checked backward pass, a lost gradient is found if it is larger than
 1 % of what the examples contribute (the sum of their norms; up to 6 % in half or mixed
@@ -13,14 +18,17 @@ precision). Passes 1, 2, 4, 8, 16 and so on are checked, and every 64th. It is r
 when an update uses the gradients of the pass. Nothing is written.
 
 With ew, torch computes the per-example gradients in place of ``p.grad``, so a pass
-should add nothing to it. There a lost gradient may arrive before those of the examples,
-so ``p.grad`` is noted in the forward pass, and otherwise when the backward pass begins.
+should add nothing to it.
 
 *What breaks it.* Models whose outputs are not what the loss is computed from, and
 distributed runs: there no pass is checked. Parameters on an accelerator are not
-compared, because every pass would have to wait for it.
+compared, because every pass would have to wait for it. A second call of ``backward``
+that does not reach the outputs, such as one for a penalty alone, is not seen if it
+follows the first. If two forward passes come before two backward passes, a parameter
+that only the loss uses is compared in the first of these only.
 """
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -43,10 +51,10 @@ _LOST = (
     "has computed: {share:.0%} of what it is made of is something else. Opacus "
     "computes per-example gradients at the calls of layers, and the update has no "
     "others. Everything else in the gradient is left out, such as a penalty on the "
-    "weights, or a change by a gradient hook. The recorded norms are those of the "
-    "per-example gradients that were clipped, but these are not the gradients of the "
-    "loss. Replace a penalty by the optimizer's weight_decay, and call "
-    "engine.audit(criterion) to compare the norms with the criterion's."
+    "weights, the use of a parameter in the loss, or a change by a gradient hook. The "
+    "recorded norms are those of the per-example gradients that were clipped, but "
+    "these are not the gradients of the loss. Replace a penalty by the optimizer's "
+    "weight_decay, and use the model's parameters within its forward pass only."
 )
 _LOST_SHARE = 0.01
 _ROUNDINGS = 8  # of the type of the gradients
@@ -55,11 +63,17 @@ _LEAST = 1e-3  # a parameter's share of all gradients below which rounding decid
 
 @dataclass(frozen=True)
 class _Before:
-    """A parameter at the beginning of a backward pass."""
+    """A parameter before a backward pass."""
 
     parameter: nn.Parameter
     grad: Tensor | None
-    newest: Tensor | None  # of its per-example gradients
+    newest: weakref.ref[Tensor] | None  # of its per-example gradients
+
+    @property
+    def has_new(self) -> bool:
+        """Return whether its newest per-example gradients are those of this pass."""
+        newest = _newest(self.parameter)
+        return self.newest is None or self.newest() is not newest
 
 
 class LostGradients:
@@ -102,13 +116,12 @@ class LostGradients:
         """
         if is_looked_at(self._num_passes + 1):
             self._rounding = autocast_rounding()
-            if self._is_instead:
-                self._before = self._noted()
+            self._before = self._noted()
 
     def _noted(self) -> list[_Before]:
         """Return the parameters in host memory as they are."""
         return [
-            _Before(p, None if p.grad is None else p.grad.clone(), _newest(p))
+            _Before(p, None if p.grad is None else p.grad.clone(), _reference(p))
             for p in self._parameters
             if p.requires_grad and p.device.type == "cpu"
         ]
@@ -132,7 +145,7 @@ class LostGradients:
     def _compare(self, before: list[_Before]) -> None:
         """Compare what a backward pass has added."""
         with torch.no_grad():
-            compared = [one for one in before if _is_comparable(one)]
+            compared = [one for one in before if self._is_comparable(one)]
             found = [self._difference(one) for one in compared]
         if not found:
             return
@@ -146,6 +159,22 @@ class LostGradients:
         if shares:
             share = max(shares.values())
             self._found = _LOST.format(names=listed(shares), share=share)
+
+    def _is_comparable(self, before: _Before) -> bool:
+        """Return whether the per-example gradients of the pass are known by themselves.
+
+        Those of several passes must be kept apart, which ew does not do; and Opacus
+        keeps none before all calls of a layer have had their backward pass.
+        """
+        parameter = before.parameter
+        if unfinished_calls(parameter):
+            return False
+        if (
+            before.newest is None
+            or type(getattr(parameter, "grad_sample", None)) is list
+        ):
+            return True
+        return before.has_new and not self._is_instead
 
     def gradients_were_cleared(self) -> None:
         """Forget what was found in passes whose gradients no update will use.
@@ -172,16 +201,16 @@ class LostGradients:
         parameter, device = before.parameter, self._parameters[0].device
         newest = _newest(parameter)
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        added = grad if before.grad is None else grad - before.grad
-        total, size = torch.zeros_like(added), added.new_zeros(())
-        if newest is not None and newest is not before.newest and newest.numel():
+        total, size = torch.zeros_like(grad), grad.new_zeros(())
+        if newest is not None and before.has_new and newest.numel():
             count = len(newest) if self._is_mean else 1
             if not self._is_instead:
-                total = newest.sum(0).view_as(added) / count
+                total = newest.sum(0).view_as(grad) / count
             size = newest.reshape(len(newest), -1).norm(dim=1).sum() / count
-        lost = (added.to_dense() - total).norm()
-        if self._is_instead:  # the loop may have cleared it since
-            lost = torch.minimum(lost, grad.to_dense().norm())
+        lost = (grad.to_dense() - total).norm()
+        if before.grad is not None:  # unless the loop has cleared it since
+            added = (grad - before.grad).to_dense()
+            lost = torch.minimum(lost, (added - total).norm())
         return torch.stack([lost, torch.maximum(size, total.norm())]).to(device)
 
 
@@ -191,14 +220,7 @@ def _newest(parameter: nn.Parameter) -> Any:
     return held[-1] if type(held) is list else held
 
 
-def _is_comparable(before: _Before) -> bool:
-    """Return whether the per-example gradients of the pass are known by themselves.
-
-    Those of several passes must be kept apart, and Opacus keeps none before all calls
-    of a layer have had their backward pass.
-    """
-    parameter = before.parameter
-    if unfinished_calls(parameter):
-        return False
-    is_list = type(getattr(parameter, "grad_sample", None)) is list
-    return before.newest is None or is_list
+def _reference(parameter: nn.Parameter) -> "weakref.ref[Tensor] | None":
+    """Return a weak reference to the newest per-example gradients, if there are any."""
+    newest = _newest(parameter)
+    return None if newest is None else weakref.ref(newest)
