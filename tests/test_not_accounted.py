@@ -14,6 +14,7 @@ EXPECTED = {
     "One Poisson batch for several updates": ["used for more than one update"],
     "Noise that is drawn again": ["noise was drawn before in this run"],
     "A clip norm lowered within an update": ["True"],
+    "A setting that training data decided once": [r"\['loss'\]"],
     "Restarted passes over a fixed schedule": ["5"],
     "Batches that the loop skips": [
         r"\d of \d+ batches that the loader delivered entered no update"

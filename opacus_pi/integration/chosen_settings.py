@@ -9,13 +9,14 @@ follows a rule (:mod:`~opacus_pi.attribution.value_sequences`); what is computed
 each batch does not.
 
 *Guarantee.* If code that is not Opacus's sets other values after the first batch was
-delivered, and those of the updates follow no rule, the link is left unchecked.
+delivered, those of the updates follow no rule, and they rise and fall as quantities of
+batches do (:mod:`~opacus_pi.attribution.turning_points`), the link is left unchecked.
 
-*What breaks it.* A single change, which follows every rule. A value that was computed
-from training data and set before the first batch, by a scheduler's own function, or
-past the optimizer's attributes (``vars(optimizer)``). Learning rates and the like are
-not looked at: a guarantee lists it as a declaration that no setting depends on the
-data.
+*What breaks it.* A single change, which follows every rule, and values that only rise
+or only fall, such as a hand-made decay. Values that turn rarely, such as an average of
+many batches. A value that was computed from training data and set before the first
+batch, by a scheduler's own function, or past the optimizer's attributes
+(``vars(optimizer)``). Learning rates: :mod:`~opacus_pi.integration.chosen_rates`.
 """
 
 import inspect
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from opacus_pi.attribution.turning_points import TurningPoints
 from opacus_pi.attribution.value_sequences import ValueSequence
 from opacus_pi.custody import Chain
 
@@ -31,13 +33,15 @@ __all__ = ["NOISE_AND_CLIPPING", "ChosenSettings"]
 NOISE_AND_CLIPPING = {"max_grad_norm": "norm", "noise_multiplier": "noise"}
 """Attributes of an optimizer, and the link that each of them belongs to."""
 _CHOSEN = (
-    "The training loop set optimizer.{name} to values that follow no rule. That is "
-    "fine if they were chosen without the training data, for example from the number "
-    "of the update. If they were computed from gradients, losses or examples, they "
-    "depend on who is in the batch, and neither get_epsilon nor the ledger covers "
-    "that. With a scheduler of opacus.schedulers the link stays checked."
+    "The training loop set optimizer.{name} to values that rise and fall without a "
+    "rule that the library knows. That is fine if they were chosen without the "
+    "training data, for example from the number of the update. If they were computed "
+    "from gradients, losses or examples, they depend on who is in the batch, and "
+    "neither get_epsilon nor the ledger covers that. With a scheduler of "
+    "opacus.schedulers the link stays checked."
 )
 _KNOWN = ("opacus.", "opacus_pi.")
+_FEW = 3  # turning points without a rule that are needed among the first places
 
 
 class ChosenSettings:
@@ -50,6 +54,7 @@ class ChosenSettings:
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
         self._values: dict[str, ValueSequence] = {}
+        self._turns: dict[str, TurningPoints] = {}
 
     def is_set(self, name: str, before: Any, value: Any) -> None:
         """Follow a setting from now on if the loop is changing it.
@@ -65,7 +70,8 @@ class ChosenSettings:
             return
         if (number := _number(before)) is not None and number != _number(value):
             self._values[name] = ValueSequence()
-            self._values[name].add(np.array([number]))
+            self._turns[name] = TurningPoints()
+            self._add(name, number)
 
     def update_is_made(self, optimizer: Any) -> None:
         """Note the values with which an update is made, if the loop has set them.
@@ -76,10 +82,15 @@ class ChosenSettings:
         for name, values in self._values.items():
             number = _number(getattr(optimizer, name))
             if number is not None:
-                values.add(np.array([number]))
-            if values.num_changes > 1 and not values.is_explained:
+                self._add(name, number)
+            if not values.is_explained and self._turns[name].are_many(_FEW):
                 text = _CHOSEN.format(name=name)
                 self._chain.leave_unchecked(NOISE_AND_CLIPPING[name], text)
+
+    def _add(self, name: str, number: float) -> None:
+        """Add a value of a setting."""
+        self._values[name].add(np.array([number]))
+        self._turns[name].add(number)
 
 
 def _number(value: Any) -> float | None:

@@ -35,6 +35,7 @@ from torch.distributed.fsdp import FSDPModule
 from opacus_pi._class_swap import swap_class
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.integration.accountants import noise_std_of
+from opacus_pi.integration.chosen_rates import ChosenRates
 from opacus_pi.integration.chosen_settings import NOISE_AND_CLIPPING, ChosenSettings
 from opacus_pi.integration.clip_norms import clip_norm_of
 from opacus_pi.integration.derived import own_scaling, shadowed_method
@@ -127,6 +128,8 @@ def report_updates(optimizer: DPOptimizer, update: UpdateUnderWay) -> None:
     optimizer._pi_has_own_scaling = has_own_scaling
     optimizer._pi_divisor = Divisor(optimizer, update.chain)
     optimizer._pi_chosen = ChosenSettings(update.chain)
+    optimizer._pi_rates = ChosenRates(update.chain)
+    update.chain.keep_while(module_of(update.hooks), optimizer._pi_rates)
     optimizer._pi_written = watch_gradients(
         update.hooks, optimizer, update.tracker, update.chain
     )
@@ -165,6 +168,7 @@ class _ReportingOptimizer(DPOptimizer):
         _pi_methods: Finds methods of Opacus that were replaced since.
         _pi_divisor: Finds sums that are divided by different numbers.
         _pi_chosen: Finds noise and clip norms that the loop chooses.
+        _pi_rates: Finds learning rates that the loop chooses.
         _pi_has_own_scaling: Whether the class overrides Opacus's ``scale_grad``.
         _pi_written: Detects gradients that were changed before they are clipped.
     """
@@ -174,6 +178,7 @@ class _ReportingOptimizer(DPOptimizer):
     _pi_methods: MethodsInUse
     _pi_divisor: Divisor
     _pi_chosen: ChosenSettings
+    _pi_rates: ChosenRates
     _pi_num_draws = 0
     _pi_has_own_scaling = False
 
@@ -204,6 +209,7 @@ class _ReportingOptimizer(DPOptimizer):
             self._pi_update.gate.close(noise_std)
         self._pi_written.require_unchanged_sums()
         self._pi_chosen.update_is_made(self)
+        self._pi_rates.update_is_made(self)
         is_drawn_again = self._pi_update.is_drawn_again(self)
         super().add_noise()
         self._pi_require_opacus()

@@ -1,6 +1,7 @@
 """Clip norms and noise that the training loop chooses between updates."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -72,4 +73,25 @@ def test_a_schedule_that_the_loop_keeps_by_hand_follows_a_rule():
         training.optimizer.noise_multiplier = 1.0 if update < 4 else 0.5
 
     training.train(4, choose)
+    assert {state(training, link) for link in ("norm", "noise")} == {"checked"}
+
+
+BY_HAND = {
+    "1/sqrt(t)": lambda n: 1 / math.sqrt(1 + n),
+    "1/t": lambda n: 1 / (1 + 0.05 * n),
+    "cosine": lambda n: 0.6 + 0.5 * math.cos(n / 5),
+    "by epoch": lambda n: [1, 0.8, 0.5][n // 4],
+    "warm-up": lambda n: min(0.1 + n / 7, 1.0) * 0.9**n,
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_smooth_schedules_that_the_loop_keeps_by_hand(name):
+    training, number = Training(), itertools.count()
+
+    def choose(x, y):
+        value = BY_HAND[name](next(number))
+        training.optimizer.max_grad_norm = training.optimizer.noise_multiplier = value
+
+    training.train(3, choose)
     assert {state(training, link) for link in ("norm", "noise")} == {"checked"}
