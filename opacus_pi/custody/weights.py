@@ -75,6 +75,7 @@ class WeightSnapshot:
         self._elsewhere: dict[torch.device, list[Tensor]] = {}
         self._bits = b""
         self._entries: dict[torch.device, Tensor] = {}
+        self._views: list[Tensor] = []  # the same views in the parameters' order
         self._late: dict[torch.device, Tensor] = {}
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
@@ -139,6 +140,25 @@ class WeightSnapshot:
             bool(differs) for _, differs in self._differences_elsewhere()
         )
 
+    def has_other_values(self) -> bool:
+        """Return what ``has_changed_now`` does, but accept parameters that were moved.
+
+        A model may be moved to another device when its training is over. Its entries
+        are then compared with those in the memory that it had.
+        """
+        addresses = list(map(Tensor.data_ptr, self._parameters))
+        if self._writes is None or self._addresses == addresses:
+            return self.has_changed_now()
+        if self._writes != counts_of_writes(self._parameters):
+            return True
+        if self._bits != _bits_of(self._on_host):
+            return True
+        if any(bool(differs) for _, differs in self._differences_elsewhere()):
+            return True
+        now = [sampled_entries(p.detach()).cpu() for p in self._parameters]
+        pairs = zip(self._views, now, strict=True)
+        return not all(torch.equal(view.cpu(), entries) for view, entries in pairs)
+
     def _differs_on_host(self) -> bool:
         """Return whether what is known without an accelerator differs."""
         return self._writes is not None and (
@@ -154,9 +174,10 @@ class WeightSnapshot:
 
     def _make_views(self) -> None:
         """Make views of the sampled entries, in the present memory of parameters."""
-        self._on_host, self._elsewhere = [], {}
+        self._on_host, self._elsewhere, self._views = [], {}, []
         for parameter in self._parameters:
             entries = sampled_entries(parameter.detach())
+            self._views.append(entries)
             bits = _BITS.get(entries.element_size())
             if entries.is_cpu and bits is not None:
                 self._on_host.append(np.from_dlpack(entries.view(bits)))

@@ -28,7 +28,7 @@ opacus_pi._errors.AccountingError: A batch was used twice.
 import json
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -181,6 +181,24 @@ class Custody:
             )
             for name in LINKS
         )
+
+    def with_doubt(self, name: str, sentence: str) -> "Custody":
+        """Return the chain with one more reason why a link is unchecked.
+
+        Args:
+            name: One of ``LINKS``. A broken link stays as it is.
+            sentence: The reason, which is put behind those that are known.
+        """
+        known = {link.name: link for link in (*self.unchecked, *self.links)}
+        before = known[name]
+        if before.state == BROKEN:
+            return self
+        reasons = sentence
+        if before.state == UNCHECKED and before in self.links:
+            reasons = f"{before.sentence} {sentence}"
+        known[name] = Link(name, UNCHECKED, reasons)
+        links = tuple(known[found] for found in LINKS if found in known)
+        return replace(self, links=links)
 
     def require_intact(self) -> None:
         """Refuse to give numbers if a link is broken.

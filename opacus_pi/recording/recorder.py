@@ -46,7 +46,12 @@ from opacus_pi.recording.distributed import Processes, merge_
 from opacus_pi.recording.options import RecorderOptions
 from opacus_pi.recording.run import RecordedRun, UpdateSettings, WaitingReports
 from opacus_pi.recording.saved_state import ASSUMED, TOO_SMALL
-from opacus_pi.recording.weights import LastWeights, save_weights, saved_weights
+from opacus_pi.recording.weights import (
+    OTHER_WEIGHTS,
+    LastWeights,
+    save_weights,
+    saved_weights,
+)
 from opacus_pi.recording.weights_directory import claim_directory
 
 __all__ = ["Recorder"]
@@ -224,7 +229,10 @@ class Recorder(RecorderOptions):
     def _custody(self) -> Custody | None:
         """Return the current chain of custody, or the one loaded with a run."""
         if self._chain is not None:
-            return self._chain.custody()
+            custody = self._chain.custody()
+            if self._last_weights is not None and self._last_weights.are_replaced():
+                return custody.with_doubt("weights", OTHER_WEIGHTS)
+            return custody
         saved = self._begun().custody
         return Custody.from_json(saved) if saved else None
 

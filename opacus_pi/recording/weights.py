@@ -5,7 +5,8 @@ from the weights that ``save_weights`` kept at every row.
 
 ``LastWeights`` names the weights that a ledger describes. A guarantee about a model is
 void if the model was changed after its last recorded update, so the ledger holds a hash
-of the weights, or says that they were changed.
+of the weights, or says that they were changed. A ledger that is read while the model
+has other weights says so in its link "weights", too.
 
 >>> model = nn.Linear(2, 1)
 >>> last = LastWeights(model)
@@ -126,6 +127,16 @@ def _check_facts(path: Path, facts: Mapping[str, str], data_set: str | None) -> 
     )
 
 
+OTHER_WEIGHTS = (
+    "When the ledger was read, the model had other weights than those that the last "
+    "recorded update left, and the numbers are about the latter. They hold for the new "
+    "weights, too, if these were computed from weights of this run alone (averaged, "
+    "rounded, or those of an earlier epoch), from random numbers or public data, and "
+    "training data did not decide when. If the new weights were computed from training "
+    "data, neither get_epsilon nor the ledger covers that: do not release the model, "
+    "or add the privacy loss of the private training that made them."
+)
+
 _Marks = tuple[list[int], list[torch.dtype]]
 
 
@@ -150,6 +161,7 @@ class LastWeights:
         self._model = weakref.ref(unwrap(model))
         tensors = _tensors(unwrap(model))
         self._tensors = [weakref.ref(t) for t in tensors]
+        self._parameters = list(map(weakref.ref, unwrap(model).parameters()))
         self._marks: _Marks | None = None
         covered = set() if snapshot is None else set(map(id, model.parameters()))
         rest = [t for t in tensors if id(t) not in covered]
@@ -188,6 +200,22 @@ class LastWeights:
             return True
         snapshot = None if self._snapshot is None else self._snapshot()
         return snapshot is not None and snapshot.has_changed_now()
+
+    def are_replaced(self) -> bool:
+        """Return whether the model has other weights than the last update left.
+
+        Unlike for ``name``, weights that were moved to another device are the same, and
+        so are those that ``load_state_dict`` has brought back. Layers that were added
+        are not seen, and buffers are not compared: forward passes may write to them.
+        """
+        model = self._model()
+        snapshot = None if self._snapshot is None else self._snapshot()
+        if model is None or self._marks is None or snapshot is None:
+            return False
+        present = set(map(id, model.parameters()))
+        if not present.issuperset(id(reference()) for reference in self._parameters):
+            return True
+        return snapshot.has_other_values()
 
     def present(self) -> str | None:
         """Return the name of the weights as they are now; None without a model."""
