@@ -7,17 +7,21 @@ prototypes that go through the encoder. Their gradients are then added to those 
 examples that they do not belong to. Which rows a call has is not known; how many is.
 
 *Guarantee.* Every forward pass is looked at, and so is every layer whose gradients
-Opacus computes from its inputs, also if two layers share a parameter. Nothing is
-computed with tensors, and layers that are called once cost 0.1 µs.
+Opacus computes from its inputs, also if two layers share a parameter. What is found is
+reported only if a backward pass follows: Opacus then drops the inputs that it kept of
+the calls. So an evaluation in training mode is not reported. Nothing is computed with
+tensors, and layers that are called once cost 0.1 µs.
 
 *What breaks it.* Calls of equally many rows in another order: ``custody/layer_rows.py``
 looks for them. The layers inside of Opacus's recurrent layers, which are called for
-each time step, with fewer rows where a sequence has ended.
+each time step, with fewer rows where a sequence has ended. A loop that itself drops the
+inputs that Opacus kept: that is taken to be a backward pass.
 """
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from opacus.grad_sample import AbstractGradSampleHooks
@@ -42,6 +46,23 @@ _UNEQUAL = (
 )
 
 
+@dataclass(frozen=True)
+class _Found:
+    """Calls of a layer that have different numbers of rows.
+
+    Args:
+        name: Of the layer.
+        kept: The inputs of its calls, while Opacus keeps them for a backward pass.
+    """
+
+    name: str
+    kept: list[weakref.ref[Tensor]]
+
+    def had_backward(self) -> bool:
+        """Return whether a backward pass has used some of the calls."""
+        return any(reference() is None for reference in self.kept)
+
+
 class UnequalCalls:
     """Compares how many rows the calls of a layer have in each forward pass.
 
@@ -57,6 +78,7 @@ class UnequalCalls:
         module = module_of(hooks)
         self._optimizer, self._chain = weakref.ref(optimizer), chain
         self._batch_dim = 0 if hooks.batch_first else 1
+        self._found: _Found | None = None  # no backward pass of it was seen
         uses = Counter(
             id(p) for m in module.modules() for p in m.parameters(recurse=False)
         )
@@ -76,29 +98,39 @@ class UnequalCalls:
             kwargs: Its inputs by keyword; not used.
             outputs: Its outputs; not used.
         """
+        self.gradients_were_used()  # before another finding replaces this one
         names: dict[int, str] = {}
-        found: dict[int, set[int]] = {}  # numbers of rows, by id of the parameter
+        found: dict[int, list[Tensor]] = {}  # inputs of calls, by id of the parameter
         for reference, name, is_tied in self._layers:
             layer = reference()
             calls = inputs_of_calls(layer)
             if layer is not None and calls and (is_tied or len(calls) > 1):
-                counts = self._numbers_of_rows(calls)
+                inputs = [call[-1] for call in calls if call]
                 for parameter in layer.parameters(recurse=False):
-                    found.setdefault(id(parameter), set()).update(counts)
+                    found.setdefault(id(parameter), []).extend(inputs)
                     names.setdefault(id(parameter), name)
-        unequal = [key for key, counts in found.items() if len(counts) > 1]
+        unequal = [k for k, inputs in found.items() if self._have_unequal_rows(inputs)]
         optimizer = self._optimizer()
         trained = ids_held_by(optimizer) if unequal and optimizer is not None else ()
         for key in unequal:
             if key in trained:
-                self._report(names[key])
+                self._found = _Found(names[key], list(map(weakref.ref, found[key])))
                 return
 
-    def _numbers_of_rows(self, calls: Sequence[Sequence[Tensor]]) -> set[int]:
-        """Return how many rows the calls of a layer had, as Opacus counts them."""
-        inputs = [call[-1] for call in calls if call]
+    def _have_unequal_rows(self, inputs: Iterable[Tensor]) -> bool:
+        """Return whether inputs have different numbers of rows, as Opacus counts them.
+
+        Args:
+            inputs: Of calls of layers that have the same parameter.
+        """
         dim = self._batch_dim
-        return {given.shape[dim] for given in inputs if given.dim() > dim}
+        return len({given.shape[dim] for given in inputs if given.dim() > dim}) > 1
+
+    def gradients_were_used(self) -> None:
+        """Report what was found if a backward pass has followed."""
+        if self._found is not None and self._found.had_backward():
+            self._report(self._found.name)
+            self._found = None
 
     def _report(self, name: str) -> None:
         """Leave the link unchecked; the numbers of rows change from batch to batch."""

@@ -219,6 +219,8 @@ class UpdateUnderWay:
             norms: Their norms, ``(b,)``.
             distinct: Whether no index is there twice.
         """
+        if self.calls is not None:
+            self.calls.gradients_were_used()
         # several batches may overlap even if each of them is distinct
         self._is_distinct = distinct and not self._examples
         self._examples.append(indices)
