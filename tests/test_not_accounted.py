@@ -25,7 +25,10 @@ EXPECTED = {
         "True",
         "It has a ledger.",
     ],
-    "Models that mix examples": ["The model mixes the examples of a batch"],
+    "Models that mix examples": [
+        "The model mixes the examples of a batch",
+        "It has a ledger.",
+    ],
     "Time-first layers": [r"\(batch_first=False\) confuses the two"],
     "Examples sorted in the model": ["'first' is given the examples in another order"],
     "Items that share an example": ["It has a ledger."],
