@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from opacus_pi._printable import printable
 
 DONE, FAILED, BAD_INPUT, NOTHING_TO_CHECK, INTERRUPTED = 0, 1, 2, 3, 130
+_OF_RUNS, _RUN = "The runs of the ledger ", re.compile(r"\brun (\d+)\b")
 _NAMED = re.compile(r"^\w+(?= must | ')")
 
 
@@ -64,7 +65,9 @@ def one_line(error: BaseException | str) -> str:
 
 
 def with_flags(error: ValueError, options: argparse.Namespace) -> str:
-    """Return a message of the library, with the argument named as on the command line.
+    """Return a message of the library, with the names of the command line.
+
+    The argument gets its name there, and one of several runs the name of its ledger.
 
     Args:
         error: What the library raised; its messages begin with the argument's name,
@@ -72,4 +75,8 @@ def with_flags(error: ValueError, options: argparse.Namespace) -> str:
         options: The parsed arguments, with ``flags``: flags by the library's names.
     """
     flags: dict[str, str] = options.flags
-    return _NAMED.sub(lambda found: flags.get(found[0], found[0]), one_line(error))
+    text = _NAMED.sub(lambda found: flags.get(found[0], found[0]), one_line(error))
+    if text.startswith(_OF_RUNS) and isinstance(getattr(options, "ledger", None), list):
+        files = dict(enumerate(options.ledger))
+        text = _RUN.sub(lambda found: files.get(int(found[1]), found[0]), text)
+    return text

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from opacus_pi._errors import AccountingError
 from opacus_pi.cli.errors import BadInput, about, one_line
 from opacus_pi.cli.imports import CRITERION, DATA_SET, MODEL, import_object
 from opacus_pi.files.regular_file import require_readable_once, require_regular
@@ -57,10 +58,16 @@ def load_ledgers(
         flag: The argument that names them.
 
     Raises:
-        BadInput: If a file is not a ledger, or training added no noise and none is
-            assumed. Every number that the commands print would be infinite then.
+        BadInput: If a file is not a ledger, or a link of its chain of custody is
+            broken, or training added no noise and none is assumed. Every number that
+            the commands print would be infinite then.
     """
     runs = read_ledgers(paths, flag)
+    for path, run in zip(paths, runs, strict=True):
+        try:
+            run.require_intact()
+        except AccountingError as error:
+            raise BadInput(f"{flag} {path}: {one_line(error)}") from error
     if noise_std is not None:
         return [run.with_noise_std(noise_std) for run in runs]
     silent = [bool((np.asarray(r.mechanism.noise_std) == 0).any()) for r in runs]
@@ -134,7 +141,7 @@ def read_indices(
     try:
         if not listed and content.lstrip().startswith("["):
             return np.array(json.loads(content))
-        if all(re.fullmatch("-?[0-9]+", word) for word in words):
+        if words and all(re.fullmatch("-?[0-9]+", word) for word in words):
             return np.array([int(word) for word in words])
     except (ValueError, RecursionError) as error:
         cause = error

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _submit(options: argparse.Namespace) -> None:
     """Enter a request, or one for each person, in the log."""
-    before = _listed(options) if os.path.exists(options.log) else []
+    before = _opened(options)[1] if os.path.exists(options.log) else []
     known = {row.request_id for row in before}
     size, data_set = _training_set(options)
     owned = read_owned(options)
@@ -139,8 +139,6 @@ def _submitted_text(
 
 def _list(options: argparse.Namespace) -> None:
     """List the requests of the log."""
-    with about("LOG", _WRITTEN_BY):
-        head = verify(options.log).head
     rows = _listed(options, options.person)
     counts = {
         f"num_{name}": sum(row.state == state for row in rows)
@@ -151,7 +149,8 @@ def _list(options: argparse.Namespace) -> None:
         )
     }
     shown = [r for r in rows if r.state == "pending" or not options.pending]
-    facts = {**counts, "requests": [_facts_of(row) for row in shown], "head": head}
+    facts = {**counts, "requests": [_facts_of(row) for row in shown]}
+    facts["head"] = verify(options.log).head
     _answer(options, facts, _list_text(options, facts))
 
 
@@ -179,9 +178,8 @@ def _list_text(options: argparse.Namespace, facts: Mapping[str, Any]) -> str:
 
 def _export(options: argparse.Namespace) -> None:
     """Write the log for an auditor."""
-    rows = _listed(options)
+    log, rows = _opened(options)
     shown = _entries_of(options.disclose, rows)
-    log = DeletionLog(options.log)
     with about("--out", "Name a file in a directory that can be written."):
         export_log(log, options.export_file, disclose=shown)
         found = verify_export(options.export_file)
@@ -228,7 +226,7 @@ def _entries_of(names: Sequence[str], rows: Sequence[ListedRequest]) -> list[int
 
 def _redact(options: argparse.Namespace) -> None:
     """Remove what the log says about a request that was carried out."""
-    rows = {row.request_id: row for row in _listed(options)}
+    rows = {row.request_id: row for row in _opened(options)[1]}
     size, _ = training_set_in(read_entries(options.log))
     requests = DeletionRequests(options.log, size or ANY_NUMBER)
     requests.redact(options.request_id, options.reason)
@@ -242,15 +240,30 @@ def _redact(options: argparse.Namespace) -> None:
     _answer(options, facts, text)
 
 
+def _opened(options: argparse.Namespace) -> tuple[DeletionLog, list[ListedRequest]]:
+    """Return an existing log and its requests, for an action that may write.
+
+    Opening it takes back what a killed process left of a write.
+
+    Raises:
+        BadInput: As ``_listed``.
+    """
+    with about("LOG", _WRITTEN_BY):
+        os.stat(options.log)  # else the log would be made
+        log = DeletionLog(options.log)
+    return log, _listed(options)
+
+
 def _listed(
     options: argparse.Namespace, person: str | None = None
 ) -> list[ListedRequest]:
-    """Return the requests of the log, or those of a person.
+    """Return the requests of the log, or those of a person, after verifying it.
 
     Raises:
         BadInput: If there is no such log, it is damaged, or its key is missing.
     """
     with about("LOG", _WRITTEN_BY):
+        verify(options.log)
         return list_requests(options.log, person)
 
 

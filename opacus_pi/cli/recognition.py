@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.cli.errors import one_line
 from opacus_pi.cli.inputs import OWNERS_OF
+from opacus_pi.cli.run_files import read_guarantee
 from opacus_pi.files.arrays_file import named_kind
 from opacus_pi.files.checksummed_json import has_checksum, require_unedited
 from opacus_pi.files.checksummed_state import verified_state
@@ -292,7 +292,7 @@ def _archive(path: Path) -> Recognised:
         if not states:
             raise ValueError(f"{path.name} cannot be read: {fault}")
         for state in states.values():
-            verified_state(state)
+            verified_state(state, path.name)
         return {}
 
     return Recognised(CHECKPOINT, check, ours=True)
@@ -359,7 +359,7 @@ def _json(path: Path, content: Any) -> Recognised:
     if form == f"{GUARANTEE.name}.v{GUARANTEE.version}":
 
         def check() -> dict[str, Any]:
-            Guarantee.from_json(path.read_text(encoding="utf-8"))
+            read_guarantee(path)
             return {}
 
         return Recognised(GUARANTEE.words, check, ours=True)

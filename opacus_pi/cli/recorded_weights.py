@@ -1,4 +1,4 @@
-"""Refuse a ledger of other weights before a request is entered in the deletion log.
+"""Refuse other ledgers than those of the weights before a request is entered.
 
 A ledger proves something only about the weights that its training left. If they are
 others, no number can be claimed after the run, and the entry in the log cannot be taken
@@ -19,11 +19,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opacus_pi.cli.errors import BadInput
+from opacus_pi.cli.errors import BadInput, with_flags
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, require_alike
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning import Unlearner
 from opacus_pi.unlearning.claims import left_other_weights, runs_in
 from opacus_pi.unlearning.honouring_weights import weights_path_of
+
+
+def require_ledgers_of(
+    options: argparse.Namespace, runs: list[GradNormLedger], data_set: str
+) -> None:
+    """Refuse ledgers of another data set, and ledgers of different trainings.
+
+    Args:
+        options: The parsed arguments of ``unlearn``, with the files of the ledgers.
+        runs: The ledgers.
+        data_set: Fingerprint of the training set.
+
+    Raises:
+        BadInput: If a ledger is of another data set.
+        ValueError: If the ledgers are not of one training procedure.
+    """
+    for path, run in zip(options.ledger, runs, strict=True):
+        try:
+            run.require_data_set(data_set)
+        except ValueError as error:
+            message = with_flags(error, options)
+            raise BadInput(f"--ledger {path}: {message}") from error
+    require_alike(runs)
 
 
 def require_recorded_weights(

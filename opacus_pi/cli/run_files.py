@@ -145,15 +145,31 @@ def load_run(directory: str) -> SavedRun:
     place = Path(directory)
     remedy = "Name the directory that 'opacus-pi unlearn --out' wrote."
     with about(f"RUN_DIR {directory}", remedy):
-        require_regular(place / GUARANTEE)
-        text = (place / GUARANTEE).read_text(encoding="utf-8")
+        guarantee = read_guarantee(place / GUARANTEE)
         record = _record(f"RUN_DIR {directory}", place / RECORD)
         return SavedRun(
             trace=UnlearningTrace.load(place / TRACE),
-            guarantee=Guarantee.from_json(text),
+            guarantee=guarantee,
             record=record,
             unchecked=_require_own_files(place, record),
         )
+
+
+def read_guarantee(path: Path) -> Guarantee:
+    """Read a guarantee; an error names the file.
+
+    Args:
+        path: What ``save_run`` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, edited or something else.
+    """
+    require_regular(path)
+    try:
+        return Guarantee.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _require_own_files(directory: Path, record: dict[str, Any]) -> tuple[str, ...]:

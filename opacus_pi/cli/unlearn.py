@@ -46,7 +46,10 @@ from opacus_pi.cli.inputs import (
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer, table
-from opacus_pi.cli.recorded_weights import require_recorded_weights
+from opacus_pi.cli.recorded_weights import (
+    require_ledgers_of,
+    require_recorded_weights,
+)
 from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.cli.run_files import new_directory, save_run
 from opacus_pi.cli.sets import make_sets, require_unseen
@@ -56,6 +59,7 @@ from opacus_pi.ledger.erased_examples import erased_in, not_erased
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.models.predictions import predict
 from opacus_pi.unlearning import Unlearner, UnlearningResult
+from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
 
 
@@ -81,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
     make_optimizer = None if going_back else _optimizer(options)
     runs = read_ledgers(options.ledger, "--ledger") if options.ledger else None
     train_set, gone = import_train_set(options, must_exist=False)
+    require_ledgers_of(options, runs or [], fingerprint(train_set))
     test_set = _test_set(options, train_set, gone)
     owned = read_owned(options)
     require_owners_of(options, lambda: fingerprint(train_set))
@@ -215,6 +220,7 @@ def _carry_out(
         requests = DeletionRequests(
             options.log, len(train_set), owned, data_set=fingerprint(train_set)
         )
+        verify(requests.log.path)
     requests.resume(unlearner)  # refuses the log of another model
     if has_earlier:  # else the weights were compared before the log was made
         first = _first_to_forget(requests, forget, together=len(owned) > 1)

@@ -51,6 +51,7 @@ __all__ = [
     "columns_of",
     "filled_by_rank",
     "joint_mechanism",
+    "require_alike",
     "runs_of",
 ]
 
@@ -479,9 +480,22 @@ def runs_of(
     expect(
         len(runs) > 0, "ledger", "[]", "must contain a run", "Pass at least one ledger."
     )
-    first = runs[0]
+    require_alike(runs, same_steps=same_steps)
+    return runs
+
+
+def require_alike(runs: Sequence[GradNormLedger], *, same_steps: bool = True) -> None:
+    """Refuse runs that are not of one training procedure.
+
+    Args:
+        runs: The runs, whether or not their chains of custody are intact.
+        same_steps: Whether their rows must have been recorded at the same steps.
+
+    Raises:
+        ValueError: If the runs differ in mechanism, steps, examples or data set.
+    """
     for number, run in enumerate(runs[1:], start=1):
-        agreement = _agreement(first, run, same_steps)
+        agreement = _agreement(runs[0], run, same_steps)
         differing = [name for name, same in agreement.items() if not same]
         require(
             not differing,
@@ -490,7 +504,6 @@ def runs_of(
             "Average only independent runs of the same training, recorded at the same "
             "steps, over the same examples.",
         )
-    return runs
 
 
 def _agreement(

@@ -49,7 +49,11 @@ from opacus_pi.accounting.training_bound import (
 from opacus_pi.files.plain_json import plain_json
 from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.custody import CHANGED_DIVISOR, LINKS
-from opacus_pi.ledger.grad_norm_ledger import columns_of, joint_mechanism
+from opacus_pi.ledger.grad_norm_ledger import (
+    columns_of,
+    joint_mechanism,
+    require_alike,
+)
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning.loop import StopRule, stop_rule
 from opacus_pi.unlearning.methods import FineTune, L1Sparse, Langevin, Method
@@ -271,10 +275,14 @@ def claim(  # noqa: PLR0913
     Returns:
         The guarantee.
 
+    Raises:
+        ValueError: If several ledgers are not of one training procedure.
+
     Source: paper Theorem 4.3 and section 4; Mironov 2017 (arXiv:1702.07476), Prop. 9;
     docs/theory.md, Section 10.
     """
     runs = runs_in(ledger)
+    require_alike(runs)
     gone = np.union1d(forgotten_before, forget_indices)
     fresh = np.setdiff1d(forget_indices, forgotten_before)
     matching = _matching(runs, model if has_weights else None, history)

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -290,6 +290,16 @@ def test_weights_of_another_model_get_no_number(engine):
     assert [a.statement for a in claim.unmet] == [
         "the model holds the last weights of the recorded training"
     ]
+
+
+def test_runs_of_different_trainings_get_no_number(engine):
+    ledger = engine.ledger
+    louder = replace(ledger.mechanism, noise_std=10 * ledger.mechanism.noise_std)
+    runs = [replace(ledger, mechanism=louder), ledger]  # the second left the weights
+    mine = Unlearner(engine.module, criterion=CRITERION, ledger=runs)
+    with pytest.raises(ValueError, match="must have the same mechanism, but run 1"):
+        mine.unlearn(data(), [3, 5], num_epochs=1)
+    assert not len(mine.forgotten)
 
 
 def test_a_broken_chain_gets_no_number():
