@@ -67,13 +67,14 @@ class ChosenRates:
             return
         groups = optimizer.param_groups
         present = [group.get(name) for group in groups for name in _NAMES]
-        if not any(isinstance(value, Tensor) for value in present):
-            if present == self._latest:
-                return
-            self._latest = present
-        for number, group in enumerate(groups):
-            for name in _NAMES:
-                self._note((number, name), group.get(name))
+        before, self._latest = self._latest, present
+        if len(before) != len(present):
+            before = [None] * len(present)
+        for number, (value, last) in enumerate(zip(present, before, strict=True)):
+            are_tensors = isinstance(value, Tensor) or isinstance(last, Tensor)
+            if are_tensors or value != last:
+                group, name = divmod(number, len(_NAMES))
+                self._note((group, _NAMES[name]), value)
 
     def _note(self, place: _Place, value: Any) -> None:
         """Note one value; one that is on an accelerator is read later.
