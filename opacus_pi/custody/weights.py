@@ -9,6 +9,9 @@ compared before the next one.
 whole parameter (an average of weights, a projection, a step of another optimizer); and
 a parameter whose memory was replaced.
 
+If the loop makes the step of an update by itself, without the optimizer of the run, the
+weights are compared when its update ends, with a reason of their own.
+
 *What breaks it.* 16 evenly spaced entries of a parameter are compared. Suppose that a
 write which torch does not count changes a share s of the entries, at places unrelated
 to these 16. It is missed with probability (1 - s)^16, which is 0.19 for a tenth of the
@@ -46,6 +49,16 @@ _CHANGED = (
     "model: do not make this change. If it was an average or a projection of weights, "
     "brought back earlier weights of this run, or used public data only, nothing needs "
     "to be done, unless training data decided when it was made."
+)
+
+_NO_STEP = (
+    "Noise was drawn for an update (by optimizer.pre_step, for example), but the "
+    "optimizer that was passed to make_private did not step, and the weights were "
+    "changed in another way. Which gradients were used is not known. If the new "
+    "weights were computed from p.grad, which has noise, and earlier weights alone, "
+    "nothing needs to be done. If they were computed from p.summed_grad or "
+    "p.grad_sample, which have no noise, or from other training data, neither "
+    "get_epsilon nor the ledger covers the model. Call optimizer.step()."
 )
 
 _OTHERS_IN_PASS = (
@@ -216,6 +229,11 @@ class WeightsLink:
             self._chain.leave_unchecked("weights", _CHANGED)
         elif were_others:
             self._chain.leave_unchecked("weights", _OTHERS_IN_PASS)
+
+    def no_step_was_made(self) -> None:
+        """Compare the weights: the optimizer of the run has not written them."""
+        if self._snapshot.has_changed():
+            self._chain.leave_unchecked("weights", _NO_STEP)
 
     def after_update(self) -> None:
         """Take a snapshot: the next update should find the weights unchanged."""

@@ -76,6 +76,13 @@ class WeightsInPasses:
         """Forget passes whose gradients no update will use."""
         self._found = False
 
+    def forget(self) -> None:
+        """Forget all passes: the weights that they had were those of the training.
+
+        So it is if the loop itself has made the step of an update.
+        """
+        self._awaits = self._is_latest = self._found = False
+
     def were_others(self) -> bool:
         """Return whether an update has gradients of other weights; forget it."""
         found, self._found = self._found, False

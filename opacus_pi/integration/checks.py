@@ -43,9 +43,26 @@ from opacus_pi.models.copies import unwrap
 from opacus_pi.recording import Recorder
 
 _STEPPED_WITHOUT_NOISE = (
-    "The optimizer that was passed to make_private was stepped directly: the weights "
-    "took gradients that were neither clipped nor noised, and no accountant counted "
-    "the update. Step the optimizer that make_private returned."
+    "The optimizer that was passed to make_private was stepped directly, and not with "
+    "gradients of an update as they were when they had noise. Other gradients may be "
+    "neither clipped nor noised, and no accountant counted the step. Step the "
+    "optimizer that make_private returned."
+)
+_STEPPED_AGAIN = (
+    "The optimizer that was passed to make_private was stepped again with the "
+    "gradients of an update, to which noise had been added. Such a step uses no "
+    "training data, so neither get_epsilon nor the observed norms are affected. But "
+    "it is not recorded: a rewind does not repeat it, and norms of a swept recorder "
+    "are those of the weights before it. Step only the optimizer that make_private "
+    "returned, once for each update."
+)
+_NOT_ENDED = (
+    "Noise was drawn for update {counted}, and the accountant has counted it. But the "
+    "optimizer that was passed to make_private has not completed a step since, so the "
+    "ledger holds {recorded} updates, and the optimizer of make_private no longer "
+    "exists. If your loop makes the update by itself after optimizer.pre_step(), call "
+    "optimizer.step() instead, or keep the optimizer until you have read the ledger: "
+    "it then also covers such an update."
 )
 _FROZEN_WITH_GRADIENT = (
     "A parameter was frozen (requires_grad=False) while it had a gradient, which was "
@@ -198,7 +215,12 @@ class RunChecks:
             )
 
     def missing_updates(
-        self, recorded: int, num_counted: int, *, is_private: bool
+        self,
+        recorded: int,
+        num_counted: int,
+        *,
+        is_private: bool,
+        is_within_update: bool = False,
     ) -> str:
         """Say that a ledger holds only a part of the engine's updates.
 
@@ -207,6 +229,8 @@ class RunChecks:
             num_counted: Updates that the engine's accountant has counted.
             is_private: Whether the accountant counts the updates of this ledger, which
                 it does after ``make_private`` only.
+            is_within_update: Whether noise was drawn for an update that has not ended,
+                and whose optimizer does not exist any more.
 
         Returns:
             The reason; empty if no updates are missing.
@@ -214,6 +238,8 @@ class RunChecks:
         others = self._earlier_steps + num_counted - (recorded if is_private else 0)
         if others <= 0:
             return ""
+        if others == 1 and is_within_update:
+            return _NOT_ENDED.format(recorded=recorded, counted=num_counted)
         if not recorded + self._earlier_steps:
             return (
                 f"None of the {num_counted} updates that the accountant has counted "
@@ -249,6 +275,7 @@ class OutsideChanges:
         were_others: Returns whether the update under way has gradients of other
             weights. Default: it has not.
         schedules: As for ``BufferLink``.
+        forget_passes: Forgets forward passes, if weights are compared in them.
     """
 
     def __init__(
@@ -258,7 +285,9 @@ class OutsideChanges:
         snapshot: WeightSnapshot,
         were_others: Callable[[], bool] = bool,
         schedules: Collection[str] | None = None,
+        forget_passes: Callable[[], None] = lambda: None,
     ) -> None:
+        self._forget_passes = forget_passes
         self._schedule = UnchangedSchedule(loader, chain)
         self._chain, self._snapshot = chain, snapshot
         self._weights = WeightsLink(chain, snapshot, were_others)
@@ -267,7 +296,8 @@ class OutsideChanges:
         self._first: FirstWeights | None = None
         self._noised = NoisedSteps(chain)
         self._last_hook: RemovableHandle | None = None
-        self._has_noise, self._is_current = False, True
+        self._has_noise, self._has_stepped = False, False
+        self._is_current, self._steps_again = True, False
 
     def watch(
         self,
@@ -306,7 +336,7 @@ class OutsideChanges:
 
         def after_step(optimizer: Optimizer, *_: Any) -> None:
             if (changes := reference()) is not None:
-                changes._noised.step_was_made(optimizer)
+                changes._step_was_made(optimizer)
             if (method := finish()) is not None:
                 method()
 
@@ -332,16 +362,39 @@ class OutsideChanges:
             args: Positional arguments of the step, after the optimizer itself.
             kwargs: Its keyword arguments.
         """
-        if not self._has_noise and _is_frozen(inner):
-            return  # Opacus steps without noise, and no gradient is used
         if not self._has_noise:
-            own = None if maker is None else own_step(maker)
-            self._chain.break_link("noise", own or _STEPPED_WITHOUT_NOISE)
+            self._step_without_noise_begins(inner, maker, args, kwargs)
             return
+        self._has_stepped = True
         cause = (lambda: None) if maker is None else partial(own_scaling, maker)
         self._noised.step_begins(inner, args, kwargs, cause)
         if self._is_current:
             self._weights.before_update()
+
+    def _step_without_noise_begins(
+        self,
+        inner: Optimizer,
+        maker: DPOptimizer | None,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Report a step for which no noise was drawn; arguments as before."""
+        if _is_frozen(inner):
+            return  # Opacus steps without noise, and no gradient is used
+        if self._noised.repeats_step(inner, args, kwargs):
+            self._weights.before_update()
+            self._steps_again = True
+            self._chain.leave_unchecked("weights", _STEPPED_AGAIN)
+            return
+        own = None if maker is None else own_step(maker)
+        self._chain.break_link("noise", own or _STEPPED_WITHOUT_NOISE)
+
+    def _step_was_made(self, inner: Optimizer) -> None:
+        """Compare the gradients after a step; note the weights if it was a second."""
+        self._noised.step_was_made(inner)
+        if self._steps_again:
+            self._steps_again = False
+            self._weights.after_update()
 
     def gradients_were_noised(self, optimizer: Optimizer) -> None:
         """Note the gradients that now have noise: the step should use them as they are.
@@ -368,6 +421,17 @@ class OutsideChanges:
         """Compare the weights: the checkpoint should have those of the last update."""
         self._weights.before_update()
 
+    def weights_were_written(self, *, waits: bool) -> bool:
+        """Return whether the weights differ from those after the last update.
+
+        Args:
+            waits: Whether to wait for accelerators; without, only what is known in
+                host memory is compared.
+        """
+        if waits:
+            return self._snapshot.has_changed_now()
+        return self._snapshot.has_changed_in_pass(counts_only=False)
+
     def run_was_resumed(self) -> None:
         """Note the weights: they are those of the run that a checkpoint continues."""
         self._first = None
@@ -380,16 +444,26 @@ class OutsideChanges:
             is_current: False if a later run has replaced this one in its engine, which
                 is a reason of its own.
         """
-        self._has_noise, self._is_current = True, is_current
+        self._has_noise, self._has_stepped = True, False
+        self._is_current = is_current
         if not is_current:
             return
         self._schedule.compare()
         if self._first is not None:
             self._first.compare()
             self._first = None
+            self._weights.after_update()  # the loop may make this update by itself
 
-    def weights_were_updated(self) -> None:
-        """Note the weights: nothing should write to them until the next update."""
+    def weights_were_updated(self, *, is_late: bool = False) -> None:
+        """Note the weights: nothing should write to them until the next update.
+
+        Args:
+            is_late: Whether no step has just ended. If the optimizer has then not
+                stepped since noise was drawn, the loop may have written the weights.
+        """
+        if is_late and not self._has_stepped and self._is_current:
+            self._weights.no_step_was_made()
+            self._forget_passes()
         self._has_noise = False
         self._noised.forget()
         self._weights.after_update()

@@ -5,7 +5,8 @@ of the optimizer's step, and the step itself if the optimizer's class is the use
 The gradients are noted when they have noise, compared by a hook that is kept the last
 one before the step, and, if the class is not one of torch's, compared again after it.
 The code of such hooks and classes is searched for gradients without noise
-(``raw_gradients``).
+(``raw_gradients``). Weak references to the gradients stay, so that a second step with
+the same ones is recognised.
 
 *Guarantee.* A hook that replaces a gradient, or writes to it so that torch counts it,
 is found in every update. Torch's own optimizers are not compared after their step: some
@@ -35,7 +36,11 @@ from opacus_pi.integration.raw_gradients import (
     raw_gradients_read_by,
     raw_gradients_read_in,
 )
-from opacus_pi.integration.written_gradients import NO_TENSORS, NotedTensors
+from opacus_pi.integration.written_gradients import (
+    NO_TENSORS,
+    NotedTensors,
+    SeenTensors,
+)
 
 __all__ = ["CallLast", "NoisedSteps", "call_last", "is_called_last"]
 
@@ -78,6 +83,7 @@ class NoisedSteps:
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
         self._noted, self._entries = NO_TENSORS, WeightSnapshot()
+        self._used = SeenTensors()
         self._num_steps = 0
         self._searched: tuple[Any, ...] = ()  # numbers of hooks, step and class
         self._is_known = True  # neither hooks nor a class of the user's own
@@ -114,8 +120,26 @@ class NoisedSteps:
         """
         if not self._are_unchanged(optimizer):
             self._chain.leave_unchecked("noise", cause() or _CHANGED)
-        if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
+        if _has_closure(args, kwargs):
             self._chain.leave_unchecked("noise", _CLOSURE)
+
+    def repeats_step(
+        self, optimizer: Optimizer, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> bool:
+        """Return whether a step is about to use the gradients of the last one again.
+
+        If so, they are noted for a comparison after it.
+
+        Args:
+            optimizer: As before.
+            args: As for ``step_begins``.
+            kwargs: As for ``step_begins``.
+        """
+        gradients = _gradients(optimizer)
+        if _has_closure(args, kwargs) or not self._used.are(gradients):
+            return False
+        self._noted, self._entries = NotedTensors(gradients), WeightSnapshot()
+        return True
 
     def step_was_made(self, optimizer: Optimizer) -> None:
         """Compare the gradients after a step that is not torch's own, and forget them.
@@ -131,8 +155,12 @@ class NoisedSteps:
         self.forget()
 
     def forget(self) -> None:
-        """Forget the gradients: their step has been made."""
-        self._noted = NO_TENSORS
+        """Forget the gradients: their step has been made.
+
+        Weak references stay, so that a second step with them is recognised.
+        """
+        if self._noted:
+            self._used, self._noted = self._noted.seen_now(), NO_TENSORS
 
     def _are_unchanged(self, optimizer: Optimizer) -> bool:
         """Return whether the gradients are those that were noted."""
@@ -215,6 +243,11 @@ def _name_of(function: Any) -> str:
     """Return how a message names a hook."""
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     return f"A function ({name.replace('<locals>.', '')})"
+
+
+def _has_closure(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Return whether a step was given a closure, which computes new gradients."""
+    return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:

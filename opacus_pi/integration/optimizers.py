@@ -272,7 +272,11 @@ class _ReportingOptimizer(DPOptimizer):
             self._pi_update.outside.gradients_were_noised(self.original_optimizer)
 
     def zero_grad(self, *args: Any, **options: Any) -> None:
-        """Clear the gradients as Opacus does, and forget what was noted of them."""
+        """Clear the gradients as Opacus does, and forget what was noted of them.
+
+        An update whose step the loop has made by itself ends here.
+        """
+        self._pi_update.finish_if_written(waits=False)
         self._pi_written.forget(sums=not has_skipped_last_step(self))
         super().zero_grad(*args, **options)
 

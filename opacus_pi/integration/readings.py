@@ -212,22 +212,32 @@ class Readings:
             values = np.minimum(values, max(0.0, worst))
         return values
 
+    def finish_update(self) -> None:
+        """Count an update in which the loop has written the weights by itself."""
+        update = None if self.run is None else self.run.present_update()
+        if update is not None:
+            update.finish_if_written(waits=True)
+
     def missing_updates(self) -> str:
         """Say that the ledger holds a part of the updates only; empty: all of them.
 
         Opacus counts an update before its step, so one that was interrupted there, as
-        by the death of another process, is counted although it wrote no weights.
+        by the death of another process, is counted although it wrote no weights. If
+        the weights were written, it is counted here, too.
         """
+        self.finish_update()
         update = None if self.run is None else self.run.present_update()
         interrupted = int(update is not None and update.is_interrupted)
         return self.checks.missing_updates(
             self.recorder.num_steps,
             num_steps_of(self.accountant) - interrupted,
             is_private=self.is_private,
+            is_within_update=update is None and self.recorder.is_within_update,
         )
 
     def _require_begun(self) -> None:
         """Refuse numbers with the reason that is known, if no recording has begun."""
+        self.finish_update()
         if not self.recorder.sampling:
             self.checks.require_begun(num_steps_of(self.accountant))
 

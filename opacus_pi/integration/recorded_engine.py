@@ -316,6 +316,7 @@ class RecordedEngine(Shown, OpacusEngine):
             checkpoint_dict: Entries of your own (epoch, schedules); filled in place.
             **options: Options of Opacus: ``module``, ``optimizer``, and more.
         """
+        self._readings.finish_update()
         outside = self._outside_changes()
         if outside is not None:
             outside.checkpoint_is_saved()

@@ -335,6 +335,7 @@ class PreparedRun:
                 self.snapshot,
                 passes.were_others,
                 None if probe is None else probe.changed_buffers,
+                passes.forget,
             )
         return update
 

@@ -188,7 +188,7 @@ class UpdateUnderWay:
         Args:
             max_grad_norm: The clip norm.
         """
-        self.finish()
+        self.finish(is_late=True)
         self._largest_clip_norm = max(self._largest_clip_norm, max_grad_norm)
 
     def add_samples(self, indices: NDArray[np.int64], norms: Tensor) -> None:
@@ -246,7 +246,7 @@ class UpdateUnderWay:
         Args:
             optimizer: The optimizer that has just added noise, before its step.
         """
-        self.finish()  # an earlier update, whose step was interrupted
+        self.finish(is_late=True)  # an earlier update, whose step was interrupted
         if not self._has_checked:
             self._has_checked = True
             self.chain.check("norm", "The norms are those by which Opacus clipped.")
@@ -287,12 +287,30 @@ class UpdateUnderWay:
             ),
         }
 
-    def finish(self) -> None:
+    def finish_if_written(self, *, waits: bool) -> None:
+        """Count an update whose weights were written, although no step has ended.
+
+        The step may have raised an error, or the loop may have made it by itself.
+
+        Args:
+            waits: Whether to wait for accelerators to find writes that torch does not
+                count.
+        """
+        if self._settings is None or self.outside is None:
+            return
+        if self.outside.weights_were_written(waits=waits):
+            self.finish(is_late=True)
+
+    def finish(self, *, is_late: bool = False) -> None:
         """Count the update if noise was drawn for it: the weights were written.
 
         Called after every step, also after one that Opacus has postponed; without noise
         there is no update to count. The recorder may write a row here, which in swept
         mode takes a pass over the data set.
+
+        Args:
+            is_late: Whether no step has just ended: the step of the update raised an
+                error, or the loop made it by itself.
         """
         settings, self._settings = self._settings, None
         if settings is None:
@@ -305,7 +323,7 @@ class UpdateUnderWay:
             self.recorder.note_unattributed(num_unattributed - self._num_unattributed)
         self._num_unattributed = num_unattributed
         if self.outside is not None:
-            self.outside.weights_were_updated()
+            self.outside.weights_were_updated(is_late=is_late)
         if self.loop_loss is not None:
             self.loop_loss.update_was_made()
         if self.is_superseded or self._batch_norms or not self._is_distinct:

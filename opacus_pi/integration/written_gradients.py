@@ -46,7 +46,7 @@ from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.reporting_hook import ReportingHook
 from opacus_pi.models.copies import is_hook_of_opacus
 
-__all__ = ["NotedTensors", "WrittenGradients", "watch_gradients"]
+__all__ = ["NotedTensors", "SeenTensors", "WrittenGradients", "watch_gradients"]
 
 _CHANGED = (
     "Per-example gradients (p.grad_sample) were replaced or changed in place between "
@@ -121,6 +121,34 @@ class NotedTensors:
         return (
             len(tensors) == len(self._tensors)
             and all(map(is_, tensors, self._tensors))
+            and counts_of_writes(tensors) == self._writes
+        )
+
+    def seen_now(self) -> "SeenTensors":
+        """Return references to the tensors as they are now, which do not keep them."""
+        return SeenTensors(self._tensors)
+
+
+class SeenTensors:
+    """Weak references to tensors, and their counts of writes at one moment.
+
+    Args:
+        tensors: The tensors.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
+        self._references = list(map(weakref.ref, tensors))
+        self._writes = counts_of_writes(tensors)
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether these are the same tensors, not written to since.
+
+        Args:
+            tensors: Any tensors; without any, they are not.
+        """
+        return (
+            0 < len(tensors) == len(self._references)
+            and all(t is r() for t, r in zip(tensors, self._references, strict=True))
             and counts_of_writes(tensors) == self._writes
         )
 

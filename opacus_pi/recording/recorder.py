@@ -91,6 +91,7 @@ _NOT_COPIED = (
     "_last_weights",
     "_all_refuse",
     "_chain",
+    "_is_within_update",
     "_missing",
     "checkpoints",
 )
@@ -156,6 +157,7 @@ class Recorder(RecorderOptions):
     _all_refuse = False
     _has_weights_dir = False  # whether weights_dir was found to be this run's
     _missing: Callable[[], str] | None = None
+    _is_within_update = False  # from begin_update to step
     _start: str | None = None  # weights that a continued run is to start from
     _waiting: WaitingReports  # from begin or load_state_dict on
 
@@ -187,6 +189,11 @@ class Recorder(RecorderOptions):
         return self._run.sampling if self._run else ""
 
     @property
+    def is_within_update(self) -> bool:
+        """Whether an update has begun that was not counted yet."""
+        return self._is_within_update
+
+    @property
     def refusal(self) -> str:
         """Why the run has no ledger; empty if it has one, or has not begun."""
         if self._run is None:
@@ -213,6 +220,7 @@ class Recorder(RecorderOptions):
                 accounted for; it says why.
         """
         run = self._begun()
+        missing = self._missing() if self._missing is not None else ""  # may end one
         self._fetch_waiting()
         if run.refusal:
             raise AccountingError(run.refusal)
@@ -221,7 +229,6 @@ class Recorder(RecorderOptions):
             raise AccountingError(run.refusal)
         if custody is not None:
             custody.require_intact()
-        missing = self._missing() if self._missing is not None else ""
         if missing:
             raise AccountingError(missing)
         return run.ledger(custody, fills_unattributed=self._fills_unattributed)
@@ -412,6 +419,7 @@ class Recorder(RecorderOptions):
             ValueError: Before the first update, if ``weights_dir`` or the directory of
                 ``checkpoints`` holds files of another run.
         """
+        self._is_within_update = True
         if self._start is not None:
             self._compare_start()
         if self.weights_dir is not None and not self._has_weights_dir:
@@ -471,7 +479,7 @@ class Recorder(RecorderOptions):
             ValueError: If that is no known kind.
         """
         run = self._begun()
-        self._resumed = False
+        self._resumed = self._is_within_update = False
         rate = run.sample_rate if sample_rate is None else sample_rate
         settings = float(noise_std), float(max_grad_norm), float(rate)
         if not noise_generator or noise_generator != run.noise_generator:
