@@ -141,6 +141,23 @@ def test_training_on_batches_of_another_loader_is_warned_of():
         _ = training.engine.ledger
 
 
+def test_an_iterator_begun_before_make_private_is_named():
+    """Under fixed sampling the returned loader is the one that was passed."""
+    loader = DataLoader(others(), batch_size=6)
+    batches = iter(loader)
+    training = Training(data_set=loader.dataset, loader=loader, poisson_sampling=False)
+    assert training.loader is loader
+    with pytest.warns(UserWarning, match="begun before make_private"):
+        training.batch(*next(batches))
+
+
+def test_batches_of_one_example_are_named_at_the_link_of_the_model():
+    training = Training(batch_size=1, poisson_sampling=False)
+    training.batch(*next(iter(training.loader)))
+    links = {k.name: k for k in training.engine.ledger.custody.unchecked}
+    assert "two examples or more" in links["model"].sentence
+
+
 def test_evaluation_data_in_the_middle_of_training_are_no_examples():
     training = Training(poisson_sampling=False).train(1)
     before = training.engine.attribution

@@ -327,8 +327,10 @@ NO_DELIVERY = Cause(
     "unattributed",
     "No batch of the data loader that make_private returned was seen before this "
     "forward pass, so its samples cannot be matched to examples. Iterate over that "
-    "loader itself, not over the one that you passed to make_private, and not over one "
-    "that another library made of it.",
+    "loader itself, and begin after make_private. Batches are not seen if their "
+    "iterator was begun before make_private, or if they come from another loader: one "
+    "that was passed to make_private and replaced by the returned one, or one that "
+    "another library made.",
 )
 NO_INDICES = Cause(
     "the batches have no indices",

@@ -287,10 +287,15 @@ class Chain:
         for link in saved.links:
             if link.state == BROKEN:
                 self._reasons.setdefault(link.name, link.sentence)
-            elif link.state == UNCHECKED and link.sentence != _not_checked(link.name):
+            elif link.state == UNCHECKED and not self._is_unreported(link):
                 self._doubts.setdefault(link.name, []).append(link.sentence)
             else:
                 self._earlier[link.name] = link
+
+    def _is_unreported(self, link: Link) -> bool:
+        """Return whether nothing was reported on a link that was saved as unchecked."""
+        name = link.name
+        return link.sentence in (_not_checked(name), self._awaited.get(name))
 
     def doubts(self) -> dict[str, list[str]]:
         """Return why links are unchecked, in sentences, by name of the link."""

@@ -9,7 +9,8 @@ Torch refuses to overwrite the output of a layer with backward hooks. The note o
 error names ``opacus_pi.compatible.make_compatible`` as the remedy.
 
 A forward pass without a backward pass leaves Opacus waiting, and later steps fail with
-errors about missing gradients or shared parameters. The note says so.
+errors about missing gradients or shared parameters. So does activation checkpointing,
+which calls layers again during the backward pass. The note names the possible causes.
 
 >>> model = nn.ModuleDict({"words": nn.Linear(2, 1), "position": nn.Linear(2, 1)})
 >>> parameters = dict(model.named_parameters())
@@ -28,7 +29,11 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
 from opacus_pi._class_swap import swap_class
-from opacus_pi._torch_compat import BACKWARD_HOOK_FUNCTION, forward_hooks
+from opacus_pi._torch_compat import (
+    BACKWARD_HOOK_FUNCTION,
+    current_backward_pass,
+    forward_hooks,
+)
 from opacus_pi.integration.opacus_compat import (
     keep_handle,
     module_of,
@@ -65,12 +70,18 @@ _FROZEN_SINCE = (
     'make_private after freezing layers, or use grad_sample_mode="hooks".'
 )
 _UNFINISHED = (
-    "Layers of the model were called, and no backward pass followed: for example a "
-    "forward pass whose loss was not used, or one that failed half-way (out of memory) "
-    "and was repeated. Opacus then waits for this backward pass, in later batches too. "
-    "Make forward passes without a backward pass under torch.no_grad() or in "
-    "evaluation mode. After a failed forward pass, go on from a checkpoint with a new "
-    "make_private."
+    "Opacus waits for the backward pass of some calls of the model's layers, in later "
+    "batches too. There are several possible causes. A forward pass had no backward "
+    "pass, because its loss or a part of its outputs was not used: make it under "
+    "torch.no_grad() or in evaluation mode. Or a forward pass failed half-way (out of "
+    "memory) and was repeated: go on from a checkpoint with a new make_private. Or "
+    "activation checkpointing (torch.utils.checkpoint, gradient checkpointing) called "
+    'the layers twice: use grad_sample_mode="fast", or train without it.'
+)
+_CALLED_IN_BACKWARD = (
+    "A layer was called again during the backward pass, as activation checkpointing "
+    "does (torch.utils.checkpoint, gradient checkpointing). Ghost clipping allows one "
+    'call of each layer. Use grad_sample_mode="fast", or train without checkpointing.'
 )
 _TYING = "Parameter tying"  # of Opacus's error for parameters that are called twice
 _EXPANDED_INDICES = (
@@ -101,7 +112,7 @@ def explain_numbers_of_gradients(
 
 
 def explain_unfinished(error: Exception, parameters: Iterable[nn.Parameter]) -> None:
-    """Add to an error that layers were called without a backward pass, if they were.
+    """Add to an error that calls of layers await their backward pass, if some do.
 
     Args:
         error: Opacus's, changed in place: some parameters lack their gradients.
@@ -183,6 +194,8 @@ def _explain_backward(error: RuntimeError, model: nn.Module) -> None:
     counts = {p: len(found) for p, found in norms if found is not None}
     if any(not parameter.requires_grad for parameter in counts):
         add_note(error, _FROZEN_SINCE)
+    elif _TYING in str(error):
+        add_note(error, _CALLED_IN_BACKWARD)
     elif _VIEW_ERROR in str(error):
         add_note(error, _EXPANDED_INDICES)
     elif counts:
@@ -220,7 +233,8 @@ def _explain_forward(module: nn.Module, args: tuple[Any, ...], result: Any) -> N
     if isinstance(error, RuntimeError) and BACKWARD_HOOK_FUNCTION in str(error):
         add_note(error, _IN_PLACE)
     elif isinstance(error, NotImplementedError) and _TYING in str(error):
-        if not _has_shared_parameters(module):
+        is_in_backward = current_backward_pass() >= 0  # whose loss adds the note
+        if not (is_in_backward or _has_shared_parameters(module)):
             explain_unfinished(error, module.parameters())
 
 

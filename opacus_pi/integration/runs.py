@@ -76,6 +76,16 @@ _DATA_CHANGED = (
 )
 
 
+_NO_TWO_EXAMPLES = (
+    "It was not checked, because the check replaces one of several examples. It needs "
+    "an update with a forward pass in whose inputs two examples or more are found."
+)
+_NOT_COMPARED = (
+    "It was not checked: in distributed training, also with one process, the weights "
+    "are not compared between updates. Nothing else may write to them."
+)
+
+
 def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
     """Refuse a recorder that cannot record a module, before the module is changed.
 
@@ -299,6 +309,10 @@ class PreparedRun:
                 self.chain.break_link(link, reason)
         if self.model_probe is None:
             self.chain.leave_unchecked("model", MODEL_NOT_RUN, warn=False)
+        else:
+            self.chain.await_check("model", _NO_TWO_EXAMPLES)
+        if shared is not None:
+            self.chain.await_check("weights", _NOT_COMPARED)
         kind = "Poisson sampling" if is_poisson(self.loader) else "a fixed schedule"
         self.chain.check("schedule", f"The loader's samplers are known: {kind}.")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi.integration.engine import PrivacyEngine
@@ -33,9 +34,10 @@ class Failing(nn.Module):
 
 
 class Run:
-    def __init__(self, mode):
+    def __init__(self, mode, wrap=None):
         torch.manual_seed(0)
         self.net, self.engine = Failing(), PrivacyEngine()
+        self.net = self.net if wrap is None else wrap(self.net)
         self.plain = nn.CrossEntropyLoss()
         options = {"criterion": self.plain} if mode == "ghost" else {}
         found = self.engine.make_private(
@@ -83,7 +85,39 @@ def test_the_error_says_that_a_pass_had_no_backward_pass(mode, before):
         with pytest.raises((ValueError, NotImplementedError)) as found:
             Run(mode).epoch(before)
     notes = getattr(found.value, "__notes__", found.value.args)
-    assert "no backward pass followed" in notes[-1]
+    assert "waits for the backward pass" in notes[-1]
+    assert "had no backward pass" in notes[-1] and "half-way" in notes[-1]
+
+
+class Checkpointed(nn.Module):
+    """Its first layers are called again during the backward pass."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.last = net, nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.last(checkpoint(self.net, x, use_reentrant=False))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_the_error_names_activation_checkpointing(mode, is_whole):
+    run = Run(mode, None if is_whole else Checkpointed)
+    if is_whole:
+        model = run.model
+        run.model = lambda x: checkpoint(model, x, use_reentrant=False)
+    with pytest.raises((ValueError, NotImplementedError)) as found:
+        run.epoch()
+    (note,) = getattr(found.value, "__notes__", found.value.args[1:])
+    assert "checkpointing" in note and 'grad_sample_mode="fast"' in note
+    assert (mode == "ghost") == ("during the backward pass" in note)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_fast_mode_trains_with_activation_checkpointing():
+    assert Run("fast", Checkpointed).epoch().links()["norm"].state == "checked"
 
 
 @pytest.mark.filterwarnings("ignore")
