@@ -29,6 +29,7 @@ EXPECTED = {
         "The model mixes the examples of a batch",
         "It has a ledger.",
     ],
+    "Batches that the loop cuts": ["such as its number of time steps, rose and fell"],
     "Time-first layers": [r"\(batch_first=False\) confuses the two"],
     "Examples sorted in the model": ["'first' is given the examples in another order"],
     "Items that share an example": ["It has a ledger."],

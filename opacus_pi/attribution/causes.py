@@ -10,7 +10,8 @@ one order). Its state says what follows for the samples concerned:
 * *largest*: they are several known examples in an order that is not known, and each
   example is charged the largest of their norms;
 * *repeated*: their example is known, and is in the batch a second time;
-* *beside*: their example is known, and the model was given something beside it.
+* *beside*: their example is known, and the model was given something beside it, or a
+  part of it that others may decide.
 """
 
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ __all__ = [
     "COLLATE",
     "COMPUTED",
     "CONTENTS_OF_OTHERS",
+    "CUT_INPUT",
     "EQUAL_INPUTS",
     "EQUAL_NUMBERS",
     "INPUTS_DISAGREE",
@@ -367,6 +369,21 @@ SHARED_INPUT = Cause(
     "Then compute them from each example alone, in the data set or within the model, "
     "and begin each batch with a new hidden state. If they do not depend on the data, "
     "as a schedule or random numbers do not, nothing needs to be done.",
+    link="rows",
+)
+CUT_INPUT = Cause(
+    "the size of an input changed",
+    "beside",
+    "A size of one of the model's inputs, such as its number of time steps, rose and "
+    "fell from one forward pass to another, although the data loader delivered batches "
+    "of the same sizes. If the loop cuts or pads each batch to a "
+    "length that it computes from the examples, such as that of the longest, the "
+    "gradient of an example may depend on others, and max_grad_norm does not bound "
+    "what they contribute. Then give all batches the same length, or cut and pad in "
+    "collate_fn and call engine.audit(criterion), which compares the gradients of an "
+    "example in batches of different lengths. If only padding is cut away or added, "
+    "and the model ignores padding, for example by a mask, or if the sizes do not "
+    "depend on the data, nothing needs to be done.",
     link="rows",
 )
 REPEATED = Cause(

@@ -397,6 +397,11 @@ class ForwardPass:
         return self.evidence in ("by_storage", "by_content")
 
     @property
+    def is_whole_delivery(self) -> bool:
+        """Whether it was made by :meth:`of_whole_delivery`."""
+        return self._whole_delivery is not None
+
+    @property
     def indices(self) -> Indices | None:
         """Data-set indices of its samples, int64 ``(b,)``; None: not known."""
         if self._whole_delivery is not None:

@@ -63,6 +63,7 @@ __all__ = [
     "places_up_to",
     "running_checksums",
     "sample_checksums",
+    "sizes_without",
     "smallest_bound",
     "tensors_in",
 ]
@@ -189,6 +190,12 @@ class StoredSamples:
         """Number of samples."""
         dim, _, _, shape, _ = self._layout
         return int(shape[dim])
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        dim, _, _, shape, _ = self._layout
+        return sizes_without(shape, dim)
 
     def positions(self, tensor: Tensor, dim: int) -> NDArray[np.int64] | None:
         """Return the positions of a tensor's samples among these samples.
@@ -446,6 +453,16 @@ class DeliveredTensor:
         """
         now = self.stored.now(tensor)
         return DelayedChecksums(now, self.dim, keeps_tensor=True)
+
+
+def sizes_without(shape: torch.Size, dim: int) -> tuple[int, ...]:
+    """Return a shape without one dimension.
+
+    Args:
+        shape: The shape.
+        dim: The dimension.
+    """
+    return (*shape[:dim], *shape[dim + 1 :])
 
 
 def sample_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:

@@ -54,6 +54,7 @@ from opacus_pi.attribution.causes import (
     BY_HAND,
     CAUSES,
     COMPUTED,
+    CUT_INPUT,
     EQUAL_INPUTS,
     INPUTS_DISAGREE,
     MIXED,
@@ -88,6 +89,7 @@ from opacus_pi.attribution.delivery import (
 )
 from opacus_pi.attribution.evidence import assumed, recognised
 from opacus_pi.attribution.gradients import with_sizes
+from opacus_pi.attribution.input_sizes import InputSizes
 from opacus_pi.attribution.inputs_beside import InputsBeside
 from opacus_pi.attribution.item_contents import ItemContents
 from opacus_pi.attribution.lookalikes import OrderSoFar, alike_of, rows_of_all
@@ -238,6 +240,7 @@ class Tracker:
         self._pending: list[ForwardPass] = []
         self._bound: deque[weakref.ref[ForwardPass]] = deque(maxlen=_MAX_RECENT)
         self._beside = InputsBeside(self.batch_dim)
+        self._sizes = InputSizes(self.batch_dim)
         self._shared_rows, self._order = SharedRows(), OrderSoFar()
         self.contents = ItemContents()
         self._entered: list[Delivery] = []
@@ -366,7 +369,9 @@ class Tracker:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> None:
-        """Look for inputs of a pass that have no row for each example.
+        """Look for inputs of a pass that may depend on other examples.
+
+        They have no row for each example, or sizes that the loop computed.
 
         Args:
             forward: The pass.
@@ -376,6 +381,8 @@ class Tracker:
         """
         if self._beside.saw(forward, given, args, kwargs):
             forward.notes = (*forward.notes, SHARED_INPUT)
+        if self._sizes.saw(forward, given):
+            forward.notes = (*forward.notes, CUT_INPUT)
 
     def awaiting_backward(self) -> list[ForwardPass]:
         """Return the recent passes from which a loss may still be computed."""
@@ -629,8 +636,7 @@ class Tracker:
         if sum(self.counts.values()):
             for link in ("identity", "rows"):
                 chain.check(link, _EVIDENCE[link])
-        if SHARED_INPUT.name not in self.causes and self._beside.doubtful_at_end():
-            self._note(SHARED_INPUT, sum(self.counts.values()))
+        self._note_doubtful_inputs()
         self._report_unknown(chain)
         self.report_left_out(chain)
         self._report_skipped(chain)
@@ -652,6 +658,14 @@ class Tracker:
                 chain.break_link("rows", cause.explanation)
             elif cause.state != "repeated":
                 chain.leave_unchecked(cause.link, cause.explanation, warn=False)
+
+    def _note_doubtful_inputs(self) -> None:
+        """Note inputs that may depend on other examples, if no update has yet."""
+        num = sum(self.counts.values())
+        if SHARED_INPUT.name not in self.causes and self._beside.doubtful_at_end():
+            self._note(SHARED_INPUT, num)
+        if CUT_INPUT.name not in self.causes and self._sizes.are_doubtful:
+            self._note(CUT_INPUT, num)
 
     def _report_unknown(self, chain: Chain) -> None:
         """Report what is assumed of samples whose example is not known."""
