@@ -187,6 +187,24 @@ def _offender(numbers: NDArray[Any], ok: NDArray[Any]) -> float:
     return float(numbers[~ok][0]) if not ok.all() else float("nan")
 
 
+def _wide_integers(values: ArrayLike) -> NDArray[Any]:
+    """Return values as an array; whole numbers beyond int64 as objects, not rounded.
+
+    Args:
+        values: A list of whole numbers, or anything else that NumPy converts.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind != "f" or not isinstance(values, list | tuple):
+        return array
+    exact = np.array(values, dtype=object)
+    return exact if _are_python_integers(exact) else array
+
+
+def _are_python_integers(array: NDArray[Any]) -> bool:
+    """Return whether an array holds whole numbers of Python, as objects."""
+    return array.dtype.kind == "O" and all(type(x) is int for x in array.ravel())
+
+
 def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int64]:
     """Check a selection of examples and return it sorted.
 
@@ -210,7 +228,7 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         "Select the entries that count (values.compressed()).",
     )
     _refuse_names(name, values)
-    array = np.asarray(values)
+    array = _wide_integers(values)
     if array.ndim == 0 and np.issubdtype(array.dtype, np.integer):
         expect(False, name, array, "must be a flat list", f"Write [{array}].")
     expect(
@@ -221,8 +239,7 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         "Pass at least one index.",
     )
     whole = array.ndim == 1 and (
-        np.issubdtype(array.dtype, np.integer)
-        and not np.issubdtype(array.dtype, np.bool_)
+        np.issubdtype(array.dtype, np.integer) or _are_python_integers(array)
     )
     expect(
         whole,

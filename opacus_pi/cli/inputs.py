@@ -140,15 +140,27 @@ def read_indices(
     words = [word for word in re.split(r"[\s,]+", content) if word]
     try:
         if not listed and content.lstrip().startswith("["):
-            return np.array(json.loads(content))
+            return _exact(json.loads(content))
         if words and all(re.fullmatch("-?[0-9]+", word) for word in words):
-            return np.array([int(word) for word in words])
+            return _exact([int(word) for word in words])
     except (ValueError, RecursionError) as error:
         cause = error
     raise BadInput(
         f"{flag}: {text} does not hold whole numbers. "
         "Write positions in the training set, one per line or as a JSON list."
     ) from cause
+
+
+def _exact(values: Any) -> NDArray[Any]:
+    """Return values as an array; whole numbers beyond int64 as they are, not rounded.
+
+    Args:
+        values: What a text lists.
+    """
+    array = np.array(values)
+    is_rounded = array.dtype.kind == "f" and len(array)
+    is_rounded = is_rounded and all(type(x) is int for x in values)
+    return np.array(values, dtype=object) if is_rounded else array
 
 
 def _array_in(path: str) -> NDArray[Any]:
@@ -294,7 +306,8 @@ def require_owners_of(
 def _owners_in(path: str) -> tuple[dict[str, list[int]], str | None]:
     """Return the positions by person in a file, and the data set that it names.
 
-    A person may have the id ``data_set``: a person has a list, a data set a text.
+    No person may have the id ``data_set``: a list there would be a data set's name that
+    was written wrongly, and the file would not be compared with the data set.
 
     Args:
         path: The JSON file.
@@ -313,7 +326,13 @@ def _owners_in(path: str) -> tuple[dict[str, list[int]], str | None]:
         raise BadInput(f"--owners: {path} is not JSON. {remedy}") from error
     is_object = content.lstrip().startswith("{")
     named = dict(pairs).get(OWNERS_OF) if is_object else None
-    data_set = named if isinstance(named, str) else None
+    if named is not None and not isinstance(named, str):
+        raise BadInput(
+            f'--owners: {path} has a "{OWNERS_OF}" that is not a text. It names the '
+            "data set: write what opacus_pi.accounting.fingerprint returns. A person "
+            "cannot have this id."
+        )
+    data_set: str | None = named
     if not is_object or not all(
         isinstance(positions, list) and all(type(x) is int for x in positions)
         for person, positions in pairs

@@ -381,7 +381,12 @@ def _are_positions(content: dict[str, Any]) -> bool:
     Args:
         content: A JSON object.
     """
-    lists = [v for k, v in content.items() if k != OWNERS_OF or not isinstance(v, str)]
-    return bool(lists) and all(
-        isinstance(one, list) and all(type(x) is int for x in one) for one in lists
+    lists = [v for k, v in content.items() if k != OWNERS_OF]
+    is_named = isinstance(content.get(OWNERS_OF, ""), str)
+    return (
+        is_named
+        and bool(lists)
+        and all(
+            isinstance(one, list) and all(type(x) is int for x in one) for one in lists
+        )
     )

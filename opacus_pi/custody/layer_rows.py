@@ -11,7 +11,8 @@ one number each: their product with a fixed vector.
 
 The rows of the examples that are replaced should change. If no row of a layer does,
 and the rows are not all alike, they may be the nodes of a graph or the entries of a
-table, of which there happen to be as many as examples (``fixed_layers``).
+table, of which there happen to be as many as examples (``fixed_layers``). The probe
+then looks whether they are rows of a state of the examples that the loop passes.
 
 **What breaks it.** Layers whose input has another number of rows are not compared,
 except those of Opacus's recurrent layers, whose sequences end one after another. For

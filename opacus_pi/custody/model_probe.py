@@ -97,10 +97,11 @@ _MIXED = (
 _TIME_FIRST = (
     "The batch had as many examples as dimension {dim} has entries; a layer that "
     "expects another order of dimensions (batch_first=False) confuses the two. "
+    "Statistics over the batch, and lengths computed from all examples, mix them, too. "
 )
 _OTHER_CAUSES = (
-    "Statistics over the batch and layers that expect another order of dimensions "
-    "(batch_first=False) do this. "
+    "Statistics over the batch, lengths computed from all examples, and layers that "
+    "expect another order of dimensions (batch_first=False) do this. "
 )
 _UNKNOWN_INPUT = (
     "Replacing rows of the model's second or a later input changed the outputs of "
@@ -320,10 +321,34 @@ def _compare_fixed(call: ProbedCall) -> Finding | None:
         return None
     runs = [half.run() for half in halves]
     fixed = [fixed_layers(whole.layers, run.layers, call.size) for run in runs]
-    names = sorted(set.intersection(*fixed))
+    names = set.intersection(*fixed)
+    if names:
+        names -= _given_states(call, whole)
     if not names:
         return None
-    return Finding("unchecked", _FIXED.format(name=names[0], size=call.size))
+    return Finding("unchecked", _FIXED.format(name=min(names), size=call.size))
+
+
+def _given_states(call: ProbedCall, whole: ProbedRun) -> set[str]:
+    """Return the layers whose rows change with the states that the model is given.
+
+    A loop may give a recurrent model the state after the part of the sequences before.
+    Its examples are along the second dimension, so the probe does not replace them, and
+    the rows of the layer that is given the state stay. They are rows of the examples if
+    they change where the state is replaced, and nothing changes for the other examples.
+
+    Args:
+        call: A call on the whole batch that draws no random numbers.
+        whole: Its run.
+    """
+    other, rounding = replace(call, replaces_states=True), rounding_of(call)
+    change = _change(other, rounding=rounding)
+    if change is None or change.share > rounding or change.moved:
+        return set()
+    runs = [other.half_replaced(kept).run() for kept in (0, 1)]
+    fixed = [fixed_layers(whole.layers, run.layers, call.size) for run in runs]
+    still_fixed = set.intersection(*fixed)
+    return {rows.name for rows in whole.layers} - still_fixed
 
 
 def _differ(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -78,6 +78,9 @@ class ProbedCall:
         keeps_order: Whether examples are replaced by neighbours that come after them,
             and the first one never is. Sorted sequences then stay sorted, and the
             longest one stays.
+        replaces_states: Whether examples are replaced also in tensors of at least three
+            dimensions that have them along the second one, as the states of recurrent
+            layers do: ``(layers, b, hidden)``.
     """
 
     model: nn.Module
@@ -92,6 +95,7 @@ class ProbedCall:
     has_gradients: bool = True
     changed_buffers: set[str] = field(default_factory=set)
     keeps_order: bool = False
+    replaces_states: bool = False
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -104,6 +108,17 @@ class ProbedCall:
         dim = self.batch_dim
         return tensor.dim() > dim and tensor.shape[dim] == self.size
 
+    def _replaced_dim(self, tensor: Tensor) -> int | None:
+        """Return the dimension along which examples are replaced, or None.
+
+        Args:
+            tensor: An input.
+        """
+        if self._has_examples(tensor):
+            return self.batch_dim
+        is_state = tensor.dim() > 2 and tensor.shape[1] == self.size
+        return 1 if is_state and self.replaces_states else None
+
     def half_replaced(self, kept: int, *, only_first: bool = False) -> "ProbedCall":
         """Return the call on a batch in which every second example is replaced.
 
@@ -114,9 +129,10 @@ class ProbedCall:
         first = self.inputs[0]
 
         def change(tensor: Tensor) -> Tensor:
-            if not self._has_examples(tensor) or (only_first and tensor is not first):
+            dim = self._replaced_dim(tensor)
+            if dim is None or (only_first and tensor is not first):
                 return tensor
-            rows = tensor.transpose(0, self.batch_dim)
+            rows = tensor.transpose(0, dim)
             changed: Tensor
             if self.keeps_order:
                 others = half_replaced(rows[1:], self.size - 1, kept=kept)
@@ -124,7 +140,7 @@ class ProbedCall:
             else:
                 order = order_of(self.size)
                 changed = half_replaced(rows, self.size, kept=kept, order=order)
-            return changed.transpose(0, self.batch_dim).contiguous()
+            return changed.transpose(0, dim).contiguous()
 
         args, kwargs = map_tensors(change, (self.args, dict(self.kwargs)))
         return replace(self, args=args, kwargs=kwargs)

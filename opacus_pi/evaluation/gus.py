@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, positive
+from opacus_pi.models.backward_gradients import gradients_by_backward
 from opacus_pi.models.batches import device_of, size_of
 from opacus_pi.models.copies import evaluation_copy
 from opacus_pi.models.losses import Losses, float64_losses, unit_cotangents
@@ -63,6 +64,7 @@ def gaussian_unlearning_score(
     """
     _check_examples(clean_inputs, labels, noise)
     losses, copied = float64_losses(criterion), evaluation_copy(model)
+    copied.requires_grad_(False)  # only gradients of inputs are needed
     device = device_of(copied)
     total = 0.0
     with random_state_untouched():
@@ -89,8 +91,9 @@ def _directions(model: nn.Module, losses: Losses, x: Tensor, y: Tensor) -> Tenso
     outputs = model(x)
     # only the direction matters, and cotangents of unit length do not underflow
     units, _ = unit_cotangents(losses, outputs, y)
-    (gradients,) = torch.autograd.grad(outputs, x, units[0])
-    flat = gradients.double().flatten(1)
+    (gradients,) = gradients_by_backward(outputs, [x], units[0])
+    flat = torch.zeros_like(x) if gradients is None else gradients
+    flat = flat.double().flatten(1)
     lengths = flat.norm(dim=1, keepdim=True)
     return flat / torch.where(lengths > 0, lengths, 1.0)
 

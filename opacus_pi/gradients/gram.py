@@ -32,6 +32,7 @@ from opacus_pi._validate import distinct_indices, expect, in_range, positive
 from opacus_pi.gradients.fallback import MODEL_ERRORS, raise_if_out_of_memory
 from opacus_pi.gradients.held_gram import Batches, ProductSum, tapped_gram
 from opacus_pi.gradients.norm_engine import NormEngine
+from opacus_pi.models.backward_gradients import gradients_by_backward
 from opacus_pi.models.batches import (
     arguments,
     forward,
@@ -332,10 +333,11 @@ class _Gradients:
 
 def _grad(loss: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
     """Return the gradients of one number, dense and in float64, zeros if unused."""
-    gradients = torch.autograd.grad(
-        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
-    )
-    return [g.to_dense().double() for g in gradients]
+    wanted = list(parameters.values())
+    return [
+        torch.zeros_like(p, dtype=torch.float64) if g is None else g.to_dense().double()
+        for p, g in zip(wanted, gradients_by_backward(loss, wanted), strict=True)
+    ]
 
 
 def _parts(sizes: Mapping[str, int], width: int) -> Iterator[tuple[list[str], slice]]:

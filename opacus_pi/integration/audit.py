@@ -7,7 +7,9 @@ alone by plain autograd. Four things are compared:
 
 * ``norms``: the recorded norms, with those of the examples alone;
 * ``loss``: the loss of the batch, with the mean or the sum of the examples' own losses;
-* ``model``: the outputs for some examples, before and after others are replaced;
+* ``model``: the outputs for some examples, before and after others are replaced; where
+  the norms disagree, also those for each example alone
+  (:mod:`~opacus_pi.integration.outputs_alone`);
 * ``order``: the recorded norms, with those of the batch in reverse order; if the model
   fails on it, with those of the batch without its last example.
 
@@ -52,6 +54,7 @@ from opacus_pi.integration.audited_update import (
     times_as_large,
 )
 from opacus_pi.integration.failed_updates import failed_update
+from opacus_pi.integration.outputs_alone import compare_alone
 from opacus_pi.integration.repeated_calls import changing_part
 from opacus_pi.models.batches import (
     arguments,
@@ -89,6 +92,7 @@ _NOT_REPEATABLE = (
     "numbers or the counting off for the audit."
 )
 _STATES = {True: "ok", False: "FAILED", None: "unknown"}
+_PASSED = {"checked": True, "unchecked": None, "broken": False}
 
 
 @dataclass(frozen=True)
@@ -207,8 +211,35 @@ def audit_batch(
         )
         repeated, tolerance = quiet_copy(model, run), rounding_of(model) * 1e-2
         what = changing_part(repeated, loss, x, y, tolerance)
-        rows = _not_compared(rows, what) if what else rows
+        if what:
+            rows = _not_compared(rows, what)
+        elif row_of_norms.passed is False:
+            rows = _with_outputs_alone(rows, quiet_copy(model, run), x, y, outputs, dim)
     return Audit(run.mode, size, rows, recorded, expected)
+
+
+def _with_outputs_alone(
+    rows: tuple[AuditRow, ...], model: nn.Module, x: Any, y: Any, outputs: Any, dim: int
+) -> tuple[AuditRow, ...]:
+    """Return rows of which "model" says what the outputs for single examples show.
+
+    Args:
+        rows: The rows of an audit in which the norms differ.
+        model: A copy of the model.
+        x: Inputs of the batch.
+        y: Their targets.
+        outputs: What the model returned for the inputs.
+        dim: The dimension of the inputs along which the examples are.
+    """
+    size = num_examples(y)
+    finding = compare_alone(model, x, outputs, size, dim, rounding_of(model))
+    if finding is None:
+        return rows
+    found = AuditRow("model", _PASSED[finding.state], finding.sentence)
+    return tuple(
+        found if row.name == "model" and row.passed is not False else row
+        for row in rows
+    )
 
 
 def _not_compared(rows: tuple[AuditRow, ...], what: str) -> tuple[AuditRow, ...]:
@@ -265,8 +296,9 @@ def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> Audi
         False,
         "The recorded norms are not those of each example's own gradient"
         f"{_difference(recorded, expected)}. If no row below says why, the "
-        "per-example gradients of one of the layers are wrong. In training with "
-        "make_private, use another grad_sample_mode and audit again.",
+        "per-example gradients of one of the layers may be wrong, or a hook changes "
+        "gradients. In training with make_private, use another grad_sample_mode and "
+        "audit again.",
     )
 
 
@@ -328,8 +360,7 @@ def _model_row(model: nn.Module, x: Any, run: AuditedRun) -> AuditRow:
         batch_dim=run.batch_dim,
         layers_in_order=not run.is_swept,
     )
-    states = {"checked": True, "unchecked": None, "broken": False}
-    return AuditRow("model", states[finding.state], finding.sentence)
+    return AuditRow("model", _PASSED[finding.state], finding.sentence)
 
 
 def _order_row(

@@ -19,6 +19,10 @@ from opacus_pi.custody.function_copies import copied_if_possible
 from opacus_pi.custody.probed_call import NoDropout
 from opacus_pi.gradients import per_example_grad_norms
 from opacus_pi.integration.audited_run import AuditedRun
+from opacus_pi.models.backward_gradients import (
+    gradients_by_backward,
+    other_gradients_kept,
+)
 from opacus_pi.models.batches import (
     arguments,
     device_of,
@@ -28,7 +32,7 @@ from opacus_pi.models.batches import (
     num_examples,
     rows_of,
 )
-from opacus_pi.models.copies import graph_leaves, independent_copy, training_copy
+from opacus_pi.models.copies import independent_copy, training_copy
 from opacus_pi.models.known_losses import is_known_loss, label_mean_of
 from opacus_pi.models.live_modules import LiveModules, own_parameters_only
 from opacus_pi.models.no_trace import isolated
@@ -154,6 +158,9 @@ def norms_alone(
 ) -> Tensor:
     """Return the norm of each example's gradient, one after the other by autograd.
 
+    The gradients are those of ``backward()``, as in training: only these are right for
+    checkpoints with ``use_reentrant=True``.
+
     Args:
         model: A copy of the model.
         loss: The criterion.
@@ -169,7 +176,7 @@ def norms_alone(
     for i in range(size):
         one, target = rows_of((x, y), [i], size, dim)
         value = loss(forward(model, one), target)
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        gradients = gradients_by_backward(value, parameters)
         squares = [g.double().square().sum() for g in gradients if g is not None]
         norms.append(torch.stack(squares).sum().sqrt().cpu())
     return torch.stack(norms)
@@ -263,32 +270,11 @@ def norms_of_update(
             gradients = OutputGradients(outputs)
             evaluate = criterion[0] if criterion else loss
             value = evaluate(logits_of(outputs), targets)
-        with _gradients_untouched(value, copied):
+        losses = getattr(value, "loss_per_sample", value)  # of ghost clipping
+        with other_gradients_kept(losses, copied.parameters()):
             value.backward()
         optimizer.step()
     return recorder.norms, outputs, gradients
-
-
-@contextmanager
-def _gradients_untouched(value: Any, copied: nn.Module) -> Iterator[None]:
-    """Keep the ``.grad`` of all tensors outside a copy, such as a criterion's weights.
-
-    Args:
-        value: The loss; with ghost clipping, what holds the losses of the examples.
-        copied: The copy, whose gradients are wanted.
-    """
-    own = {id(p) for p in copied.parameters()}
-    leaves = graph_leaves(getattr(value, "loss_per_sample", value))
-    # Expanded weights, which stand for the copy's own, are neither of the two types.
-    plain = (leaf for leaf in leaves if type(leaf) in (Tensor, nn.Parameter))
-    others = [(leaf, leaf.grad) for leaf in plain if id(leaf) not in own]
-    for leaf, _ in others:
-        leaf.grad = None
-    try:
-        yield
-    finally:
-        for leaf, gradient in others:
-            leaf.grad = gradient
 
 
 class OutputGradients:

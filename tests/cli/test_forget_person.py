@@ -152,7 +152,8 @@ def test_a_file_of_another_data_set_is_refused(run, owners, tmp_path, command):
     code, said, err = tried(fingerprint(cli_project.other_set()))
     assert code == 2 and said == "" and err.count("\n") == 1
     assert "was made for another data set, which differs from this one in labels" in err
-    assert tried([5])[0] == 0  # a person with this id
+    code, _, err = tried([5])  # not a person with this id
+    assert code == 2 and '"data_set" that is not a text' in err
 
 
 def test_what_is_checked_of_the_file_is_said(run, owners):

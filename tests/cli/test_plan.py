@@ -103,6 +103,8 @@ def test_text_and_file(run, tmp_path):
     ("words", "message"),
     [
         (("120",), "--forget must be in [0, 120), got 120"),
+        ((str(10**30),), f"--forget must be in [0, 120), got {10**30}"),
+        ((f"3,{2**63}",), f"--forget must be in [0, 120), got {2**63}"),
         (("3,3",), "--forget must not have duplicates, got 3 more than once"),
         (("nobody.txt",), "--forget: no such file: nobody.txt"),
         (("cli_project.py",), "does not hold whole numbers"),

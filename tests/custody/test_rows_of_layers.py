@@ -1,7 +1,10 @@
 """Layers whose rows are not the examples, although they are as many."""
 
+import warnings
+
 import pytest
 import torch
+from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -55,6 +58,39 @@ class Noisy(nn.Module):
         return self.x(nodes) + self.noise(torch.randn(len(nodes), 5))
 
 
+class Chunk(nn.Module):
+    """A part of sequences, after a state in the layout of recurrent layers."""
+
+    def __init__(self, kind=DPLSTM):
+        super().__init__()
+        self.kind, self.head = kind, nn.Linear(4, 3)
+        if kind is None:
+            self.new, self.old = nn.Linear(5, 4), nn.Linear(4, 4)
+        else:
+            self.cell = kind(5, 4, batch_first=True)
+
+    def forward(self, x, state=None):
+        if self.kind is not None:
+            hidden, state = self.cell(x, state)
+            return self.head(hidden[:, -1])
+        h = torch.zeros(1, len(x), 4) if state is None else state
+        for step in x.unbind(1):
+            h = torch.tanh(self.new(step) + self.old(h[0]))[None]
+        return self.head(h[0])
+
+
+class Neighbours(nn.Module):
+    """As many nodes as examples, in the layout of a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.node, self.head = nn.Linear(4, 4), nn.Linear(9, 3)
+
+    def forward(self, x, nodes):
+        found = torch.tanh(self.node(nodes[0])).roll(1, 0)
+        return self.head(torch.cat([x[:, 0], found], dim=1))
+
+
 def model_link(module, mode="hooks"):
     torch.manual_seed(0)
     engine = PrivacyEngine()
@@ -91,6 +127,55 @@ def test_a_mode_that_does_not_rely_on_rows_is_not_doubted():
 @pytest.mark.parametrize("module", [Queries, Noisy])
 def test_other_inputs_that_do_not_depend_on_examples_are_fine(module):
     assert model_link(module()).state == "checked"
+
+
+def probed(module, *states):
+    torch.manual_seed(0)
+    x = torch.randn(NUM, 2, 5)
+    return probe_separability(module, (x, *states), {}, rows_are_examples=True)
+
+
+def drawn_state():
+    return torch.randn(1, NUM, 4, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("kind", [DPLSTM, DPGRU, DPRNN, None])
+def test_a_state_that_the_loop_passes_has_rows_of_the_examples(kind):
+    state = drawn_state()
+    found = probed(Chunk(kind), (state, state.clone()) if kind is DPLSTM else state)
+    assert found.state == "checked", found.sentence
+
+
+def test_nodes_in_the_layout_of_a_state_are_not_taken_for_examples():
+    found = probed(Neighbours(), drawn_state())
+    assert found.state == "unchecked" and "'node' have as many rows" in found.sentence
+
+
+def test_a_loop_that_carries_a_state_is_not_doubted():
+    torch.manual_seed(0)
+    engine, module = PrivacyEngine(), Chunk()
+    model, optimizer, loader = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(
+            TensorDataset(torch.randn(NUM, 4, 5), torch.arange(NUM) % 3), batch_size=10
+        ),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    for x, y in loader:
+        state = None
+        for part in x.split(2, dim=1):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(part, state), y).backward()
+            optimizer.step()
+            with torch.no_grad():
+                state = module.cell(part, state)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        links = engine.ledger.custody.links
+    assert next(k for k in links if k.name == "model").state == "checked"
 
 
 def test_the_probe_says_it_only_where_gradients_are_those_of_rows():

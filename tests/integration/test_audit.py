@@ -483,3 +483,51 @@ def test_the_advice_for_what_every_mode_refuses(mode):
     assert not audit.passed
     assert "Move the parameters into a layer without buffers" in str(audit)
     assert "try grad_sample_mode" not in str(audit)
+
+
+class Trimmed(nn.Module):
+    """The mean over positions, up to the longest example of the batch."""
+
+    def __init__(self, *, pools=True):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 6), nn.Linear(6, CLASSES)
+        self.pools = pools
+
+    def forward(self, x):
+        hidden = self.embedding(x[:, : int((x > 0).sum(1).max())])
+        return self.head(hidden.mean(1) if self.pools else hidden)
+
+
+def texts():
+    generator = torch.Generator().manual_seed(6)
+    lengths = torch.tensor([2, 3, 5, 8, 8, 8, 8, 8])
+    words = torch.randint(1, 20, (8, 12), generator=generator)
+    return words * (torch.arange(12) < lengths[:, None]), torch.arange(8) % CLASSES
+
+
+def test_a_model_that_cuts_a_batch_at_its_longest_example_is_the_cause():
+    found = opacus_pi.audit(Trimmed(), nn.CrossEntropyLoss(), texts())
+    assert found["norms"].passed is False and found["model"].passed is False
+    assert "is given an example alone" in found["model"].sentence
+    assert "length of the longest one" in found["model"].sentence
+
+
+def test_outputs_that_are_only_longer_in_the_batch_may_be_the_cause():
+    def all_positions(outputs, y):
+        targets = y[:, None].expand(outputs.shape[:2])
+        return F.cross_entropy(outputs.mT, targets)
+
+    found = opacus_pi.audit(Trimmed(pools=False), all_positions, texts())
+    assert found["norms"].passed is False and found["model"].passed is None
+    assert "(1, 2, 3); in the batch they have (1, 8, 3)" in found["model"].sentence
+
+
+def test_the_model_is_not_blamed_for_a_hook_on_gradients():
+    model = net()
+    model[0].register_full_backward_hook(lambda _, grads, __: (None,))
+    model[2].register_full_backward_hook(
+        lambda _, grads, __: (grads[0] / len(grads[0]),)
+    )
+    found = opacus_pi.audit(model, nn.CrossEntropyLoss(), data_set()[:8])
+    assert found["norms"].passed is False and found["model"].passed is True
+    assert "or a hook changes gradients" in found["norms"].sentence

@@ -31,6 +31,7 @@ from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.delivery import ForwardPass
 from opacus_pi.attribution.targets import in_order_of_pass, positions_in_delivery
 from opacus_pi.custody import Chain
+from opacus_pi.models.backward_gradients import gradients_by_backward
 from opacus_pi.models.batches import inputs_and_targets
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.forward_call import ForwardCall
@@ -209,16 +210,13 @@ class GradientScale:
                 with forward.surroundings():
                     outputs = model(*forward.args, **forward.kwargs)
                     losses = self._criterion(outputs, _beside(targets, outputs))
-                found = torch.autograd.grad(
-                    losses.mean(),
-                    [copies[id(p)] for p in parameters],
-                    allow_unused=True,
-                )
+                wanted = [copies[id(p)] for p in parameters]
+                found = gradients_by_backward(losses.mean(), wanted)
         except (CoupledLoss, ValueError, TypeError, RuntimeError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             return None
-        return list(found)
+        return found
 
 
 def _has_repeated(forward: ForwardPass) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from opacus_pi.models.backward_gradients import gradients_by_backward
 from opacus_pi.models.batches import inputs_and_targets, to_device
 from opacus_pi.unlearning.methods import Batch, Task, mean_loss
 
@@ -32,7 +33,12 @@ def _gradients(
     for batch in loader:
         moved = to_device(inputs_and_targets(batch), params[0].device)
         loss = mean_loss(task, moved)
-        yield len(moved[1]), torch.autograd.grad(loss, params, materialize_grads=True)
+        found = gradients_by_backward(loss, params)
+        pairs = zip(params, found, strict=True)
+        yield (
+            len(moved[1]),
+            tuple(torch.zeros_like(p) if g is None else g for p, g in pairs),
+        )
 
 
 def mean_gradient(task: Task, params: list[nn.Parameter]) -> list[Tensor]:
