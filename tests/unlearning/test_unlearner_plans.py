@@ -23,7 +23,7 @@ def test_plan_says_difficulty_and_cost():
     assert plan.num_retain == 27 and plan.steps_per_epoch == 3
     assert plan.predicted_epochs is None and "past runs" in plan.prediction
     assert not plan.ranking_only
-    assert "percentile" in str(plan) and "unknown" in str(plan)
+    assert "% of all examples" in str(plan) and "not predicted" in str(plan)
 
 
 def test_a_printed_plan_has_the_delta_that_it_was_made_for():
