@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opacus_pi._torch_compat import num_writes
 from opacus_pi.attribution.turning_points import TurningPoints
 from opacus_pi.custody import Chain
 
@@ -84,7 +85,7 @@ class ChosenRates:
             value: A number, a tensor, or None if the group has no such entry.
         """
         if isinstance(value, Tensor) and value.device.type != "cpu":
-            mark = (id(value), value._version)
+            mark = (id(value), num_writes(value))
             if self._marks.get(place) != mark and len(self._waiting) < _MAX_WAITING:
                 self._marks[place] = mark
                 self._waiting.append((place, value.detach().clone()))
