@@ -87,13 +87,33 @@ def read_ledgers(paths: Sequence[str], flag: str) -> list[GradNormLedger]:
         flag: The argument that names them.
 
     Raises:
-        BadInput: If a file is not a ledger.
+        BadInput: If a file is not a ledger, or two have the same norms: they are of one
+            run, or of runs with the same random seed.
     """
-    runs = []
+    runs: list[GradNormLedger] = []
     for path in paths:
         with about(f"{flag} {path}", _LEDGER_REMEDY):
-            runs.append(_load_ledger(Path(path)))
+            run = _load_ledger(Path(path))
+        for before, other in zip(paths, runs, strict=False):
+            if _have_equal_norms(run, other):
+                raise BadInput(
+                    f"{flag} {path} has the same norms as {before}, so the runs are "
+                    "not independent. Name each run once, and train each with a seed "
+                    "of its own."
+                )
+        runs.append(run)
     return runs
+
+
+def _have_equal_norms(one: GradNormLedger, other: GradNormLedger) -> bool:
+    """Return whether two ledgers of one data set have the same norms, not all 0."""
+    norms, others = one.grad_norms, other.grad_norms
+    return (
+        one.data_set == other.data_set
+        and norms.shape == others.shape
+        and np.array_equal(norms, others, equal_nan=True)
+        and bool((norms > 0).any())
+    )
 
 
 def _load_ledger(path: Path) -> GradNormLedger:
@@ -129,7 +149,10 @@ def read_indices(
     remedy = "List ids as 3,17,25, or name a file of them"
     if or_persons:
         remedy += "; persons are named with --forget-person ID --owners FILE.json"
-    with about(flag, f"{remedy}. Ids are positions in the training set, from 0."):
+    remedy += ". Ids are positions in the training set, from 0."
+    if not text.strip():
+        raise BadInput(f"{flag}: nothing is listed. {remedy}")
+    with about(flag, remedy):
         listed = re.fullmatch(r"[\d\s,]+", text) is not None
         if not listed:
             require_readable_once(text)

@@ -52,6 +52,11 @@ _REMEDIES = {
     errno.EDQUOT: "Free space within your quota, and write it again",
     errno.EFBIG: "Raise the limit of the size of a file (ulimit -f), or choose another "
     "place, and write it again",
+    errno.ENOENT: "Make the directory first, or choose another place",
+    errno.ENOTDIR: "Choose a name in a directory",
+    errno.EACCES: "Choose a directory in which you may write",
+    errno.EPERM: "Choose a directory in which you may write",
+    errno.EROFS: "Choose a place that is not read-only",
 }
 # "w" would follow a link or reuse a file; O_EXCL refuses both. O_NOFOLLOW and O_CLOEXEC
 # do not exist on every system.
@@ -148,7 +153,7 @@ def _new_temporary_file(target: Path) -> tuple[Path, int]:
         try:
             handle = os.open(temporary, _NEW, _OWNER_ONLY)
         except OSError as error:  # it names a file that the caller does not know
-            raise OSError(error.errno, error.strerror, os.fspath(target)) from error
+            raise _not_written(error, target) from error
         if locked(handle):
             return temporary, handle
         os.close(handle)
@@ -182,7 +187,7 @@ def put_new_file(path: Path, write: Callable[[Path], None]) -> bool:
     try:
         handle, hidden = tempfile.mkstemp(".tmp", f".{path.name[:100]}.", path.parent)
     except OSError as error:  # it names a file that the caller does not know
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise _not_written(error, path) from error
     os.close(handle)
     try:
         try:

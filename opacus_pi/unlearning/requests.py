@@ -483,13 +483,14 @@ class DeletionRequests(Shown):
         try:
             handle = os.open(place, flags, 0o600)
         except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
             words = (
                 "The lock file is a link, which is not opened. Remove it and call "
                 "process again"
+                if error.errno == errno.ELOOP
+                else f"{error.strerror}: requests are carried out with a lock file "
+                "beside the log. Keep the log in a directory in which you may write"
             )
-            raise OSError(errno.ELOOP, words, place) from error
+            raise OSError(error.errno, words, place) from error
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,7 +34,8 @@ def refused(run, *words):
 
 def test_the_ledger_of_another_training_among_several(run, ledger, tmp_path):
     second, third = tmp_path / "second.safetensors", tmp_path / "third.safetensors"
-    ledger.save(second)
+    other = replace(ledger, grad_norms=ledger.grad_norms / 2)
+    other.save(second)
     replace(ledger, data_set="another").save(third)
     for command in (("score",), ("plan", "--forget", "3")):
         err = refused(run, command[0], LEDGER, second, third, *command[1:])
@@ -43,7 +44,7 @@ def test_the_ledger_of_another_training_among_several(run, ledger, tmp_path):
     words = (*UNLEARN, "--forget", "3", *place, "--ledger", LEDGER)
     assert f"--ledger {third}: --data must be the" in refused(run, *words, third)
     louder = replace(ledger.mechanism, noise_std=2 * ledger.mechanism.noise_std)
-    replace(ledger, mechanism=louder).save(third)
+    replace(other, mechanism=louder).save(third)
     err = refused(run, *words, third)
     assert f"mechanism, but {third} differs from {LEDGER}" in err
     assert {p.name for p in tmp_path.iterdir()} == {second.name, third.name}
@@ -52,7 +53,8 @@ def test_the_ledger_of_another_training_among_several(run, ledger, tmp_path):
 def test_the_ledger_with_a_broken_link_among_several(run, ledger, tmp_path):
     broken = tmp_path / "broken.safetensors"
     chain = Custody((Link("draw", "broken", "A batch was used twice."),))
-    replace(ledger, custody=chain).save(broken)
+    norms = ledger.grad_norms / 2
+    replace(ledger, grad_norms=norms, custody=chain).save(broken)
     for command in (("score",), ("plan", "--forget", "3")):
         err = refused(run, command[0], LEDGER, broken, *command[1:])
         assert f"LEDGER {broken}: " in err and "A batch was used twice" in err

@@ -107,6 +107,7 @@ def test_text_and_file(run, tmp_path):
         ((f"3,{2**63}",), f"--forget must be in [0, 120), got {2**63}"),
         (("3,3",), "--forget must not have duplicates, got 3 more than once"),
         (("nobody.txt",), "--forget: no such file: nobody.txt"),
+        (("",), "--forget: nothing is listed. List ids as 3,17,25"),
         (("cli_project.py",), "does not hold whole numbers"),
         (("3", "--past", "4"), "--past: 4 is not IDS=EPOCHS"),
         (("3", "--past", "nobody=1"), "--past: no such file: nobody"),

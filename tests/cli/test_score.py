@@ -112,6 +112,13 @@ def test_several_runs_are_averaged(answer, ledger, tmp_path):
     assert found["training"]["num_runs"] == 2
 
 
+def test_a_run_is_averaged_once(run, ledger, tmp_path):
+    ledger.save(tmp_path / "copy.safetensors")
+    code, out, err = run("score", LEDGER, tmp_path / "copy.safetensors")
+    assert code == 2 and out == ""
+    assert f"copy.safetensors has the same norms as {LEDGER}" in err
+
+
 def test_a_tolerance_rounds_up(answer):
     exact, rounded = (
         np.array(answer("score", LEDGER, *words)["per_example"]["losses"])

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -72,8 +72,9 @@ def run_examples_of_help(capsys):
     weights = safetensors.torch.load_file("model.safetensors")
     whole = filled_by_rank(GradNormLedger.load("ledger.safetensors"))
     part = whole.subset([3, 5, 17, *range(20, 30), 200, 232])  # to be quick
-    for name in ("ledger", "run1", "run2", "plain_sgd"):
+    for name in ("ledger", "run1", "plain_sgd"):
         part.save(f"{name}.safetensors")
+    replace(part, grad_norms=part.grad_norms / 2).save("run2.safetensors")
     torch.save(weights, "model.pt")
     for number in (1, 2):
         moved = {name: value + number * 0.01 for name, value in weights.items()}

@@ -250,6 +250,19 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path):
     with pytest.raises(FileNotFoundError) as raised:
         replace_file(path, b"new")
     assert raised.value.filename == str(path)
+    assert "the file was not written. Make the directory first" in str(raised.value)
+
+
+def test_a_directory_that_may_not_be_written_is_an_error_with_a_remedy(
+    tmp_path, monkeypatch
+):
+    def refuse(*names):
+        raise PermissionError(13, "Permission denied", "hidden")
+
+    monkeypatch.setattr(atomic_file.os, "open", refuse)
+    with pytest.raises(PermissionError, match="directory in which you may") as raised:
+        replace_file(tmp_path / "state", b"new")
+    assert raised.value.filename == str(tmp_path / "state")
 
 
 @pytest.mark.parametrize("limit", [0, 1000, 200_000])
