@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
-TIMEOUT = 300  # seconds a cell, and for the kernel to start
+TIMEOUT = 900  # seconds a cell, and for the kernel to start, on a busy machine
 
 
 def read(path: Path) -> NotebookNode:

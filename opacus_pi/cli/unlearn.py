@@ -196,10 +196,10 @@ def _carry_out(
 ) -> tuple[UnlearningResult | None, dict[str, Any]]:
     """Enter the requests in the deletion log, and carry out every pending request.
 
-    Requests of earlier commands that did not end come first, in their order. If several
-    persons are named, each has a request, and all pending requests are carried out in
-    one run: if their runs followed each other, the noise of the training would not
-    cover what the first run learned from the second person.
+    Each person that is named has a request of its own. All pending requests, also of
+    earlier commands, are carried out in one run: if runs followed each other, the noise
+    of the training would not cover what the first run learned from the examples of the
+    second, and only the last weights would honour every request.
 
     Args:
         options: The parsed arguments.
@@ -223,13 +223,12 @@ def _carry_out(
         verify(requests.log.path)
     requests.resume(unlearner)  # refuses the log of another model
     if has_earlier:  # else the weights were compared before the log was made
-        first = _first_to_forget(requests, forget, together=len(owned) > 1)
+        pending = [np.array(request.indices) for request in requests.pending]
+        first = np.unique(np.concatenate([*pending, forget]))
         require_recorded_weights(options, unlearner, first, going_back)
     names = submit(requests, forget, owned, options.request_id)
     before = requested_indices(options.log, len(train_set)).tolist()
-    results = requests.process(
-        unlearner, train_set, together=len(names) > 1, **settings(before)
-    )
+    results = requests.process(unlearner, train_set, together=True, **settings(before))
     is_own = [not set(names).isdisjoint(r.record["requests"]) for r in results]
     own = next(itertools.compress(results, is_own), None)
     done = [] if own is None else own.record["requests"]
@@ -239,6 +238,7 @@ def _carry_out(
         "done_before": [name for name in names if name not in done],
         "together_with": [name for name in done if name not in names],
         "deletion_log": options.log,
+        "log_is_new": not has_earlier,
         "head": requests.log.head,
         "weights": str(requests.weights_path),
         "also_carried_out": [
@@ -248,26 +248,10 @@ def _carry_out(
     return own, facts
 
 
-def _first_to_forget(
-    requests: DeletionRequests, forget: NDArray[np.int64], *, together: bool
-) -> NDArray[np.int64]:
-    """Return the examples of the first run that carries out pending requests.
-
-    Args:
-        requests: The requests of the log, before those of this command are entered.
-        forget: The examples that this command names.
-        together: Whether one run carries out all requests.
-    """
-    pending = [np.array(request.indices) for request in requests.pending]
-    if together:
-        return np.unique(np.concatenate([*pending, forget]))
-    return pending[0] if pending else forget
-
-
 def _pending(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what was done about a request that an earlier command left pending."""
+    """Return what was done about requests that earlier commands left pending."""
     return {
-        "request_id": record["requests"][0],
+        "request_ids": record["requests"],
         "num_forget": len(record["forget_indices"]),
         "method": record["method"],
         "num_steps": record["num_steps"],
@@ -378,8 +362,8 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
         result: The run; None if an earlier command carried the request out.
     """
     parts = [
-        f"Request {other['request_id']} was still pending in the log: it was carried "
-        f"out too, with the settings of this command. "
+        "Still pending in the log, and carried out with the settings of this command: "
+        f"{', '.join(other['request_ids'])}. "
         f"{_forgot(other['num_forget'], other['method'], other['num_steps'])}."
         for other in facts.get("also_carried_out", [])
     ]
@@ -434,6 +418,11 @@ def _of_log(facts: dict[str, Any]) -> list[str]:
         "the same run."
         for name in facts["together_with"]
     ]
+    if facts["log_is_new"]:
+        notes.append(
+            f"{facts['deletion_log']} is a new log. If requests about this model were "
+            "entered in another log before, the model does not honour them."
+        )
     return [
         *notes,
         f"Entered in {facts['deletion_log']} as {', '.join(names)}{each}. Keep the "

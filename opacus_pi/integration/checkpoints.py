@@ -43,6 +43,13 @@ from opacus_pi.integration.accountants import num_steps_of
 from opacus_pi.integration.checks import RunChecks
 from opacus_pi.integration.filtering import prepared_charges, saved_charges
 from opacus_pi.integration.opacus_compat import has_skipped_last_step
+from opacus_pi.integration.optimizer_states import (
+    NOT_LOADED,
+    OTHER_STATE,
+    are_different,
+    has_state,
+    state_name,
+)
 from opacus_pi.integration.schedules import is_poisson, unknown_schedule
 from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.custody import Custody
@@ -56,6 +63,7 @@ from opacus_pi.recording.saved_state import require_version
 CHECKPOINT_KEY = "opacus_pi"
 FILTER_KEY = "opacus_pi_filter"
 _HISTORY = "accountant_history"
+_OPTIMIZER = "optimizer_state"  # a hash of it
 _CONTENTS = "item_contents."  # prefix of what each index of the data set contained
 _RUN_STATE = "run_state."  # prefix of the entries that are not the recorder's
 
@@ -329,6 +337,7 @@ class Checkpoints:
         recorder: Recorder,
         renyi_filter: RenyiFilter | None,
         accountant: IAccountant,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> dict[str, Any]:
         """Return the entries to add to a checkpoint; none before a run is prepared.
 
@@ -338,6 +347,8 @@ class Checkpoints:
                 saved.
             accountant: The engine's; a copy of its history shows whether Opacus's entry
                 was changed.
+            optimizer: The one that is saved; a hash shows whether its state was
+                changed. None: no optimizer is saved.
 
         Returns:
             Tensors, numbers and strings, with a checksum over each entry.
@@ -347,6 +358,8 @@ class Checkpoints:
         states = self.run_state.state_dict()
         prefixed = {f"{_RUN_STATE}{name}": value for name, value in states.items()}
         state = {**recorder.state_dict(), **prefixed, _HISTORY: _history_of(accountant)}
+        if optimizer is not None:
+            state[_OPTIMIZER] = state_name(optimizer.state_dict())
         if self._tracker is not None:
             contents = self._tracker.contents.state_dict()
             state |= {f"{_CONTENTS}{name}": value for name, value in contents.items()}
@@ -372,6 +385,16 @@ class Checkpoints:
                 "none has been prepared. Call make_private or make_monitored first."
             )
 
+    def was_loaded_without_optimizer(self, recorder: Recorder) -> None:
+        """Leave "weights" unchecked if the run's optimizer keeps a state of its own.
+
+        Args:
+            recorder: The engine's recorder.
+        """
+        optimizer = None if self.run_state is None else self.run_state.optimizer
+        if recorder.chain is not None and has_state(optimizer):
+            recorder.chain.leave_unchecked("weights", NOT_LOADED)
+
     def prepared_resume(
         self,
         checkpoint: dict[str, Any],
@@ -379,6 +402,7 @@ class Checkpoints:
         renyi_filter: RenyiFilter | None,
         *,
         module: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
         accountant: IAccountant,
         restore_rng: bool,
         checks: RunChecks,
@@ -391,6 +415,7 @@ class Checkpoints:
             recorder: Continues the recorded run, if the checkpoint has one.
             renyi_filter: Continues with the charges, if there is a filter.
             module: The module, with the weights from the checkpoint.
+            optimizer: With its state from the checkpoint; None: it was not loaded.
             accountant: The engine's, with the history from the checkpoint.
             restore_rng: Whether to restore everything that decides how the run goes on.
             checks: Keeps the reasons if the run cannot be continued.
@@ -420,6 +445,8 @@ class Checkpoints:
                     reasons.append(_OTHER_HISTORY.format(num_steps_of(accountant)))
                 if _has_other_weights(module, checkpoint, state):
                     reasons.append(_OTHER_WEIGHTS)
+                if are_different(state.get(_OPTIMIZER), optimizer):
+                    reasons.append(OTHER_STATE)
             except ValueError as error:
                 if restore_rng and not state:
                     raise
@@ -478,6 +505,12 @@ class RunState:
         self._optimizer: Callable[[], Any] = (
             weakref.ref(optimizer) if is_private else _no_optimizer
         )
+
+    @property
+    def optimizer(self) -> DPOptimizer | None:
+        """The optimizer of the run; None if it is not Opacus's, or is gone."""
+        found: DPOptimizer | None = self._optimizer()
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return the present state, as tensors, numbers and strings.

@@ -322,7 +322,12 @@ class RecordedEngine(Shown, OpacusEngine):
             outside.checkpoint_is_saved()
         filled = checkpoint_dict or {}
         filled.update(
-            self.checkpoints.entries(self.recorder, self.renyi_filter, self.accountant)
+            self.checkpoints.entries(
+                self.recorder,
+                self.renyi_filter,
+                self.accountant,
+                options.get("optimizer"),
+            )
         )
         save = super().save_checkpoint
         if not isinstance(path, (str, os.PathLike)):
@@ -390,12 +395,15 @@ class RecordedEngine(Shown, OpacusEngine):
                 self.recorder,
                 self.renyi_filter,
                 module=options["module"],
+                optimizer=options.get("optimizer"),
                 accountant=self.accountant,
                 restore_rng=restore_rng,
                 checks=self.checks,
                 source=str(options["path"]),
             )
             resume()
+        if has_record and options.get("optimizer") is None:
+            self.checkpoints.was_loaded_without_optimizer(self.recorder)
         outside = self._outside_changes()
         if has_record and outside is not None:
             outside.run_was_resumed()

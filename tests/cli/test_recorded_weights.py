@@ -61,8 +61,10 @@ def test_a_ledger_that_does_not_name_the_weights_is_taken(
 
 def test_one_of_several_runs_has_left_the_weights(run, answer, ledger, tmp_path):
     other = f"sha256:{'0' * 64}"
-    replace(ledger, weights=other).save(tmp_path / "second.safetensors")
-    replace(ledger, weights=other[:-1] + "1").save(tmp_path / "third.safetensors")
+    for number, name in enumerate(("second", "third"), start=2):
+        run_again = replace(ledger, grad_norms=ledger.grad_norms / number)
+        named = replace(run_again, weights=f"{other[:-1]}{number}")
+        named.save(tmp_path / f"{name}.safetensors")
     words = (*SHORT, "--forget", "3", "--out", tmp_path / "run", "--ledger")
     files = (tmp_path / "second.safetensors", tmp_path / "third.safetensors")
     err = stopped(run, (*MODEL, *words, *files))
