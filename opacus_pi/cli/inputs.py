@@ -322,7 +322,8 @@ def require_owners_of(
         raise BadInput(
             f"--owners: {options.owners} was made for another data set, which differs "
             f"from this one in {differs}. Its positions may be those of other "
-            "persons. Use the file that was made for this data set, or make it again."
+            "persons. Use the file that was made for this data set. If files were "
+            "erased since, do not make it again from those that remain."
         )
 
 
