@@ -86,10 +86,26 @@ _HEADS = {
     "estimate": "Estimate, not a bound, for {}.",
     "empirical": "Empirical evidence only, no guarantee, for {}.",
 }
+_WEAK_HEADS = {
+    "certified": "Certified, but the bound is too large to be of practical use: "
+    "guarantee for {}.",
+    "certified if": "Certified if the declarations below hold, but the bound is too "
+    "large to be of practical use: guarantee for {}.",
+}
+_LARGE = 10.0  # ε of a bound of no practical use: e^ε is then above 20,000
 _BY_HAND = "the ledger describes the training as it was run"
 _EVENT = "Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ"
 _ONE_SIDED = f"One-sided, for every event E: {_EVENT}."
-_MILLION = math.log(1e6)
+_EXACT = "ε = 0 and δ = 0, and a Rényi divergence of 0 at every order α"
+_SAME = (
+    "In words: the unlearned model has exactly the distribution that it would have had "
+    "if it had been trained without the forgotten examples. So nobody can learn "
+    "anything about them from this model alone that a retrained one would not show."
+)
+_EXCLUDES_NOTHING = (
+    "In words: this bound excludes almost nothing. Even if it holds, somebody who sees "
+    "the unlearned model may be nearly sure that the examples were used in training."
+)
 _EXCHANGED = "Pr[retrained ∈ E] ≤ e^ε · Pr[unlearned ∈ E] + δ"
 Established = TypeVar("Established", "Assumption", "Guarantee")
 
@@ -315,8 +331,56 @@ class Guarantee(Shown):
         Raises:
             ValueError: If δ is outside (0, 1).
         """
+        if self.is_exact:
+            check_delta(delta)
+            return 0.0
         both = [s for s in self.statements if s.both_directions]
         return self._least(self.reverse_divergences, both, delta)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is a bound of 0: both models have the same distribution.
+
+        It needs a statement with ε = 0 at δ = 0, which holds in both directions. A
+        divergence of 0 does not suffice, because a small number may be rounded to it.
+        """
+        exact = any(s.epsilon == 0 and s.delta == 0 for s in self.statements)
+        return self._is_bound and exact
+
+    def is_too_large(self, delta: float) -> bool:
+        """Return whether it is a bound that excludes almost nothing: ε above 10.
+
+        Args:
+            delta: δ in (0, 1).
+
+        Raises:
+            ValueError: If δ is outside (0, 1).
+        """
+        return self._is_bound and self.epsilon(delta) > _LARGE
+
+    @property
+    def _is_bound(self) -> bool:
+        return self.kind in ("certified", "certified if")
+
+    def least_order(self, delta: float) -> tuple[float, float] | None:
+        """Return the Rényi order α whose divergence gives the smallest ε.
+
+        Args:
+            delta: δ in (0, 1).
+
+        Returns:
+            The order, and its divergence D_α(unlearned ‖ retrained) in nats; None if no
+            divergence is finite.
+
+        Raises:
+            ValueError: If δ is outside (0, 1).
+        """
+        check_delta(delta)
+        if not any(map(math.isfinite, self.divergences)):
+            return None
+        offsets = epsilon_offset(np.array(self.orders), delta)
+        best = int(np.argmin(np.array(self.divergences) + offsets))
+        return self.orders[best], self.divergences[best]
 
     def estimated_epsilon(self, delta: float) -> float:
         """Return the estimate of ε for this forget set, reported beside the bound.
@@ -448,9 +512,10 @@ class Guarantee(Shown):
         check_delta(delta)
         listed = [*self.unmet, *self.declarations]
         listed += [a for a in self.assumptions if a not in listed]
+        heads = _WEAK_HEADS if self.is_too_large(delta) else _HEADS
         return "\n".join(
             [
-                _HEADS[self.kind].format(self.method),
+                heads[self.kind].format(self.method),
                 *self._number(delta),
                 *(f"  {assumption}" for assumption in listed),
             ]
@@ -466,15 +531,15 @@ class Guarantee(Shown):
                 "No finite divergence from retraining is claimed: judge the result "
                 "only by comparison with retrained models."
             ]
-        is_bound = self.kind in ("certified", "certified if")
+        if self.is_exact:
+            return [f"{_EXACT} (a bound{self._source(delta)}).", self.in_words(delta)]
+        is_bound = self._is_bound
         sign, write = ("≤", rounded_up) if is_bound else ("≈", "{:.4g}".format)
-        first = ""
-        if self.orders:  # the order at which the divergences give the least ε
-            offsets = epsilon_offset(np.array(self.orders), delta)
-            best = int(np.argmin(np.array(self.divergences) + offsets))
+        first, least = "", self.least_order(delta)
+        if least is not None:
             first = (
-                f"D_α(unlearned ‖ retrained) {sign} {write(self.divergences[best])} at "
-                f"α = {self.orders[best]:g}; "
+                f"D_α(unlearned ‖ retrained) {sign} {write(least[1])} at "
+                f"α = {least[0]:g}; "
             )
         lines = [
             f"{first}ε {sign} {write(self.epsilon(delta))} at δ = {delta:g} "
@@ -483,7 +548,7 @@ class Guarantee(Shown):
         ]
         lines += self._direction(delta, sign, write)
         if is_bound:
-            lines += self._in_words(delta)
+            lines.append(self.in_words(delta))
         if any(map(math.isfinite, self.estimates)):
             lines.append(
                 "In addition, there is an estimate for this set: ε ≈ "
@@ -492,20 +557,31 @@ class Guarantee(Shown):
             )
         return lines
 
-    def _in_words(self, delta: float) -> list[str]:
-        """Return the line that says what the bound means; none for ε = 0."""
+    def in_words(self, delta: float) -> str:
+        """Return what the bound means, as a line of the text.
+
+        Args:
+            delta: δ in (0, 1).
+
+        Returns:
+            One or two sentences; empty if the guarantee has no bound.
+
+        Raises:
+            ValueError: If δ is outside (0, 1).
+        """
         epsilon = self.epsilon(delta)
-        if epsilon == 0:
-            return []
-        times = (
-            f"at most {float(rounded_up(math.exp(epsilon), 2)):,g}"
-            if epsilon < _MILLION
-            else "perhaps more than a million"
+        if not self._is_bound:
+            return ""
+        if self.is_exact:
+            return _SAME
+        if self.is_too_large(delta):
+            return _EXCLUDES_NOTHING
+        times = float(rounded_up(math.exp(epsilon), 2))
+        than = "as probable" if epsilon == 0 else f"{times:,g} times as probable"
+        return (
+            f"In words: what somebody concludes from the unlearned model is at most "
+            f"{than} as from a retrained model, plus δ."
         )
-        return [
-            f"In words: what somebody concludes from the unlearned model is {times} "
-            "times as probable as from a retrained model, plus δ."
-        ]
 
     def _source(self, delta: float) -> str:
         """Say which computation gave ε, if it was not the conversion of divergences."""

@@ -27,7 +27,11 @@ from opacus_pi.unlearning.listed_requests import (
     ListedRequest,
     list_requests,
 )
-from opacus_pi.unlearning.log_export import export_log, verify_export
+from opacus_pi.unlearning.log_export import (
+    export_log,
+    is_for_owner_only,
+    verify_export,
+)
 from opacus_pi.unlearning.requests import DeletionRequests, training_set_in
 
 FORMAT = "opacus_pi.cli.log.v1"
@@ -179,7 +183,7 @@ def _list_text(options: argparse.Namespace, facts: Mapping[str, Any]) -> str:
 def _export(options: argparse.Namespace) -> None:
     """Write the log for an auditor."""
     log, rows = _opened(options)
-    shown = _entries_of(options.disclose, rows)
+    shown, kept = _entries_of(options.disclose, rows, log)
     with about("--out", "Name a file in a directory that can be written."):
         export_log(log, options.export_file, disclose=shown)
         found = verify_export(options.export_file)
@@ -187,24 +191,44 @@ def _export(options: argparse.Namespace) -> None:
         "written": options.export_file,
         "num_entries": found.num_entries,
         "disclosed": shown,
+        "for_owner_only": kept,
         "head": found.head,
     }
     numbers = ", ".join(map(str, shown)) or "none"
     text = (
         f"Wrote {options.export_file}: {found.num_entries} entries, of which the "
-        f"content of these is disclosed: {numbers}.\n"
+        f"content of these is disclosed: {numbers}.\n{_kept_text(kept)}"
         f"The auditor checks it with 'opacus-pi verify {options.export_file} HEAD'. "
         f"The head is now:\n{found.head}"
     )
     _answer(options, facts, text)
 
 
-def _entries_of(names: Sequence[str], rows: Sequence[ListedRequest]) -> list[int]:
+def _kept_text(kept: Sequence[int]) -> str:
+    """Return the sentence about runs whose entry may not be disclosed, or nothing."""
+    if not kept:
+        return ""
+    return (
+        f"Not disclosed: {', '.join(map(str, kept))}. An earlier release wrote these "
+        "entries about runs, with the seed of the run or a fingerprint of the "
+        "examples that remain. Both are for the owner of the log only. The kind and "
+        "the time of the entries are in the file.\n"
+    )
+
+
+def _entries_of(
+    names: Sequence[str], rows: Sequence[ListedRequest], log: DeletionLog
+) -> tuple[list[int], list[int]]:
     """Return the entries about some requests: the request, and that it was done.
 
     Args:
         names: The names of the requests.
         rows: All requests of the log.
+        log: The log.
+
+    Returns:
+        The numbers of the entries to disclose, and of those about runs that are for the
+        owner of the log only.
 
     Raises:
         BadInput: If the log has no request of a name.
@@ -221,7 +245,8 @@ def _entries_of(names: Sequence[str], rows: Sequence[ListedRequest]) -> list[int
         shown.add(row.entry)
         if row.done_entry is not None:
             shown.add(row.done_entry)
-    return sorted(shown)
+    kept = {e.number for e in log.entries() if is_for_owner_only(e)} & shown
+    return sorted(shown - kept), sorted(kept)
 
 
 def _redact(options: argparse.Namespace) -> None:

@@ -81,9 +81,9 @@ EXPORT = Command(
 Write the whole chain of a deletion log to a file that an auditor can check: the time,
 kind and hashes of every entry. What an entry says (name, person, examples) is in the
 file only if it is disclosed. --disclose NAME discloses a request and the entry about
-the run that carried it out. That entry has the settings of the run and the seed of its
-noise, but lists no examples. The auditor runs 'opacus-pi verify FILE.json HEAD', with a
-head that was noted before.""",
+the run that carried it out, with the settings of the run. Seeds of runs and what could
+tell which other examples were forgotten are never disclosed. The auditor runs
+'opacus-pi verify FILE.json HEAD', with a head that was noted before.""",
     examples="""\
   opacus-pi log export deletions.db --out for_auditor.json
   opacus-pi log export deletions.db --disclose 2026-001 --out one_request.json""",

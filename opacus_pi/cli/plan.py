@@ -3,7 +3,8 @@
 Nothing is trained, and no weights are read. The difficulty comes from the ledger, the
 number of steps from past runs that the user lists, and the guarantee from the ledger,
 the method and the model's architecture. With ``--checkpoints`` it also says how far a
-rewind goes back and what it costs.
+rewind goes back and what it costs. With ``--log`` it is about the run that ``unlearn
+--log`` would make: that forgets all pending requests together.
 """
 
 import argparse
@@ -30,9 +31,9 @@ from opacus_pi.cli.output import answer
 from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.recording.checkpoints import Checkpoints
-from opacus_pi.unlearning.claims import EngineFacts, History, claim
+from opacus_pi.unlearning.claims import EngineFacts, claim
+from opacus_pi.unlearning.next_run import NextRun, next_run
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan, require_rest
-from opacus_pi.unlearning.requests import forgotten_exactly_by, requested_indices
 from opacus_pi.unlearning.rewind import RecordedTraining, RewindPlan
 
 
@@ -62,14 +63,15 @@ def run(options: argparse.Namespace) -> int:
     going_back = rewind_options(options)
     runs = load_ledgers(options.ledger, options.noise_std)
     require_owners_of(options, lambda: runs[0].data_set)
-    before = _requested_before(options.log, runs[0])
+    log = _next_run(options.log, runs[0])
+    named = read_forget_set(options)
     plan = make_plan(
         runs,
-        read_forget_set(options),
+        _with_pending(named, log),
         order=options.order,
         past_runs=_past_runs(options.past),
         batch_size=options.batch_size,
-        forgotten_before=before,
+        forgotten_before=log.forgotten,
     )
     if options.model is not None:
         guarantee = claim(
@@ -77,22 +79,61 @@ def run(options: argparse.Namespace) -> int:
             import_model(options),
             runs,
             plan.forget,
-            # the runs of earlier requests are fine-tuned on what is requested now
-            History(updated=len(before) > 0),
-            forgotten_before=before,
+            log.history,
+            forgotten_before=log.forgotten,
             has_weights=False,
         )
         plan = plan.claiming(guarantee)
     if going_back:
-        plan = replace(plan, rewind=_rewind(options, runs, plan, **going_back))
-    answer(options, _facts(plan, options.delta), plan.text(options.delta))
+        exactly = log.forgotten_exactly
+        rewind = _rewind(options, runs, plan, exactly, **going_back)
+        plan = replace(plan, rewind=rewind)
+    facts = {**_facts(plan, options.delta), "pending": _pending(log)}
+    text = f"{_of_log(options.log, named, log)}{plan.text(options.delta)}"
+    answer(options, facts, text)
     return 0
+
+
+def _with_pending(named: NDArray[np.int64], log: NextRun) -> NDArray[np.int64]:
+    """Return the examples that one run forgets, unchanged if no request is pending.
+
+    Args:
+        named: The examples that the command names; the plan checks them.
+        log: Has the pending requests.
+    """
+    return np.union1d(named, log.examples) if log.pending else named
+
+
+def _pending(log: NextRun) -> list[str]:
+    """Return the names of the pending requests, which the plan includes."""
+    return [request.request_id for request in log.pending]
+
+
+def _of_log(path: str | None, named: NDArray[np.int64], log: NextRun) -> str:
+    """Return the lines about the pending requests of a log; empty without a log.
+
+    Args:
+        path: The deletion log; None: no log was named.
+        named: The examples that the command names.
+        log: Has the pending requests.
+    """
+    if path is None:
+        return ""
+    if not log.pending:
+        return f"Pending in {path}: no request.\n"
+    more = len(np.setdiff1d(log.examples, named))
+    return (
+        f"Pending in {path}: {', '.join(_pending(log))}. 'opacus-pi unlearn --log' "
+        "carries out all pending requests in one run, so this plan includes them: "
+        f"{more} example{'s' * (more != 1)} more than the command names.\n"
+    )
 
 
 def _rewind(
     options: argparse.Namespace,
     runs: Sequence[GradNormLedger],
     plan: Plan,
+    exactly: NDArray[np.int64],
     *,
     checkpoints: Checkpoints,
     deletion_policy: DeletionPolicy | None,
@@ -103,6 +144,7 @@ def _rewind(
         options: The parsed arguments, with a model.
         runs: The ledger of the training, and no other.
         plan: Has the examples to forget, and those that were forgotten before.
+        exactly: Those of them that an exact rewind has forgotten.
         checkpoints: The saved states of the training.
         deletion_policy: Its policy; None: an exact rewind.
 
@@ -120,27 +162,22 @@ def _rewind(
     size = training.record.num_examples
     distinct_indices("forget_indices", plan.forget, size)
     require_rest(size - len(np.union1d(plan.forget, plan.forgotten_before)), size)
-    exactly = np.empty(0, dtype=np.int64)
-    if options.log is not None:
-        exactly = forgotten_exactly_by(options.log, size)
     return training.plan(plan.forget, plan.forgotten_before, deletion_policy, exactly)
 
 
-def _requested_before(log: str | None, ledger: GradNormLedger) -> NDArray[np.int64]:
-    """Return the sorted examples that requests of a deletion log name, done or not.
-
-    A pending request counts, too: it will be carried out before this one.
+def _next_run(log: str | None, ledger: GradNormLedger) -> NextRun:
+    """Return from where the next run for a deletion log starts, and what it forgets.
 
     Args:
         log: Path of the deletion log; None: there were no requests. It is only read.
         ledger: A ledger of the training, for the training set's length and fingerprint.
     """
     if log is None:
-        return np.empty(0, dtype=np.int64)
+        return NextRun()
     ids = ledger.example_ids
     size = ledger.num_examples if ids is None else int(np.max(ids)) + 1
     with about("--log", "Name what 'opacus-pi unlearn --log' wrote."):
-        return requested_indices(log, size, ledger.data_set)
+        return next_run(log, size, ledger.data_set)
 
 
 def _past_runs(texts: Sequence[str]) -> list[PastRun]:

@@ -34,6 +34,7 @@ from opacus_pi.files.checksummed_json import has_checksum, require_unedited
 from opacus_pi.files.checksummed_state import verified_state
 from opacus_pi.files.kinds import (
     ANSWER,
+    DELETION_STATEMENT,
     GUARANTEE,
     KINDS,
     LOG_EXPORT,
@@ -48,6 +49,7 @@ from opacus_pi.files.torch_file import (
     require_bounded,
 )
 from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, FILTER_KEY
+from opacus_pi.unlearning import DeletionStatement
 from opacus_pi.unlearning.deletion_log import (
     Verification,
     looks_like_a_log,
@@ -363,6 +365,12 @@ def _json(path: Path, content: Any) -> Recognised:
             return {}
 
         return Recognised(GUARANTEE.words, check, ours=True)
+    if form == f"{DELETION_STATEMENT.name}.v{DELETION_STATEMENT.version}":
+
+        def says() -> dict[str, Any]:
+            return {"statement": str(DeletionStatement.load(path))}
+
+        return Recognised(DELETION_STATEMENT.words, says, ours=True)
     if kind := kind_in(json.dumps({"format": form}).encode()):
         check_of_answer = _check_of_json(path, content) if kind == ANSWER else None
         return Recognised(kind.words, check_of_answer, ours=True)

@@ -1,8 +1,9 @@
 """The directory that an unlearning run writes.
 
 It contains ``weights.safetensors``, ``record.json`` (what was run), ``trace.json``
-(metrics over epochs), ``guarantee.json`` and, without the estimate that only the owner
-of the data may see, ``guarantee_to_show.json``. Later ``evaluation.json`` is added, if
+(metrics over epochs), ``guarantee.json`` and, for others, ``guarantee_to_show.json``: a
+statement with the requests, the date and the hash of the weights, without the estimate
+that only the owner of the data may see. Later ``evaluation.json`` is added, if
 the output of ``opacus-pi evaluate`` is put there. The directory gets its name only when
 all of its files are complete, so a run that was interrupted leaves nothing behind.
 """
@@ -32,7 +33,7 @@ from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.strict_json import json_text
 from opacus_pi.files.weights_file import write_weights
-from opacus_pi.unlearning import UnlearningResult
+from opacus_pi.unlearning import UnlearningResult, deletion_statement
 from opacus_pi.unlearning.honouring_weights import sha256_of
 
 WEIGHTS, RECORD, TRACE = "weights.safetensors", "record.json", "trace.json"
@@ -115,18 +116,19 @@ def _give_name(part: Path, target: Path) -> None:
         ) from error
 
 
-def save_run(directory: Path, result: UnlearningResult) -> None:
+def save_run(directory: Path, result: UnlearningResult, delta: float) -> None:
     """Write the result of a run into an empty directory.
 
     Args:
         directory: The directory, such as ``new_directory`` yields.
         result: What ``Unlearner.unlearn`` returned.
+        delta: δ at which the statement for others says ε.
     """
     state = result.model.state_dict()
     write_weights(directory / WEIGHTS, UNLEARNED_WEIGHTS, state, {})
     result.trace.save(directory / TRACE)
     replace_file(directory / GUARANTEE, result.guarantee.to_json().encode())
-    shown = result.guarantee.without_estimates()
+    shown = deletion_statement(result, delta, weights_path=directory / WEIGHTS)
     replace_file(directory / TO_SHOW, shown.to_json().encode())
     files = {name: sha256_of(directory / name) for name in _HASHED}
     record = with_json_checksum({**result.record, "files": files})

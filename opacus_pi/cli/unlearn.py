@@ -137,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
             result = carry_out(train_set, forget, **settings(()))
             request = {}
         if result is not None:
-            save_run(directory, result)
+            save_run(directory, result, options.delta)
     facts = {"format": "opacus_pi.cli.unlearn.v1", "out": options.out, **request}
     facts |= _run_facts(result, options.delta, len(train_set))
     facts["num_erased"] = len(erased_in(train_set))

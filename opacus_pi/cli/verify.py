@@ -91,7 +91,7 @@ def _text(facts: dict[str, Any]) -> str:
 
     Args:
         facts: The answer for programs. ``added`` and ``redacted`` are in it for
-            deletion logs only.
+            deletion logs only, ``statement`` for what is shown about a deletion.
     """
     if facts["verified"] is None:
         return f"NOT CHECKED: {facts['file']} is {facts['kind']}: {facts['reason']}"
@@ -100,7 +100,8 @@ def _text(facts: dict[str, Any]) -> str:
     head = f", head {facts['head']}" if "head" in facts else ""
     added = _added(facts.get("added"))
     notes = f"{added}{_redacted(facts)}{_back_in_time(facts)}"
-    return f"verified: {facts['kind']}{head}{notes}"
+    says = f"\n\n{facts['statement']}" if "statement" in facts else ""
+    return f"verified: {facts['kind']}{head}{notes}{says}"
 
 
 def _back_in_time(facts: dict[str, Any]) -> str:

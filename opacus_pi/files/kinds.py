@@ -21,6 +21,7 @@ from typing import Any
 
 __all__ = [
     "ANSWER",
+    "DELETION_STATEMENT",
     "GRAD_NORM_LEDGER",
     "GRAM_LEDGER",
     "GUARANTEE",
@@ -137,6 +138,11 @@ PRIVACY_STATEMENT = FileKind(
     version=2,  # since 2: the kind, and who established each assumption
     earlier_versions=(1,),
 )
+DELETION_STATEMENT = FileKind(
+    "opacus_pi.DeletionStatement",
+    "a statement about a deletion",
+    reader="opacus_pi.unlearning.deletion_statement:DeletionStatement.load",
+)
 REPORT = FileKind("opacus_pi.Report", "the JSON of a report")
 ANSWER = FileKind("opacus_pi.cli", "an answer of opacus-pi")
 
@@ -153,6 +159,7 @@ KINDS = {
         LOG_EXPORT,
         GUARANTEE,
         PRIVACY_STATEMENT,
+        DELETION_STATEMENT,
         REPORT,
         ANSWER,
     )

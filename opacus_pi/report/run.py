@@ -31,10 +31,10 @@ MEANING = {
     "attacker_accuracy": "the attacker's own balanced accuracy; 0.5 is guessing",
 }
 # Entries of a record that are not settings: the page shows the method elsewhere, and
-# must not name the forgotten examples.
+# must not name the forgotten examples, nor the seed from which the noise follows.
 _NOT_SETTINGS = (
-    *("method", "forget_indices", "forgotten_before", "not_checked"),
-    *("ledgers", "trained_weights", "unlearned_weights", "files"),
+    *("method", "forget_indices", "forgotten_before", "not_checked", "seed"),
+    *("ledgers", "trained_weights", "unlearned_weights", "files", "finished"),
 )
 
 

@@ -13,7 +13,8 @@ requests about a model in a tamper-evident log and carries each out once. The me
 | how long will it take? | ``plan``, ``search`` |
 | how far must a training run go back? | ``rewind`` |
 | who asked for it, and was it done? | ``requests``, ``deletion_log`` |
-| what is pending? | ``listed_requests`` |
+| what is pending? | ``listed_requests``, ``next_run`` |
+| what may be shown to others? | ``log_export``, ``deletion_statement`` |
 
 >>> import torch
 >>> data_set = torch.utils.data.TensorDataset(torch.randn(8, 2), torch.arange(8) % 3)
@@ -27,6 +28,10 @@ requests about a model in a tamper-evident log and carries each out once. The me
 from opacus_pi._promised import promise
 from opacus_pi.unlearning.callbacks import Callback, LogMetrics
 from opacus_pi.unlearning.deletion_log import DeletionLog
+from opacus_pi.unlearning.deletion_statement import (
+    DeletionStatement,
+    deletion_statement,
+)
 from opacus_pi.unlearning.json_lines_log import import_log
 from opacus_pi.unlearning.listed_requests import ListedRequest, list_requests
 from opacus_pi.unlearning.log_export import (
@@ -62,6 +67,7 @@ __all__ = [
     "DeletionLog",
     "DeletionRequest",
     "DeletionRequests",
+    "DeletionStatement",
     "FineTune",
     "L1Sparse",
     "Langevin",
@@ -78,6 +84,7 @@ __all__ = [
     "Task",
     "Unlearner",
     "UnlearningResult",
+    "deletion_statement",
     "export_log",
     "exported_entries",
     "import_log",

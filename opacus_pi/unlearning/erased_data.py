@@ -4,6 +4,10 @@ When requests were carried out, the log stores a fingerprint of the examples tha
 remain. If the data of the forgotten examples are erased later, this fingerprint is what
 the rest can be compared with: that of the whole data set no longer fits.
 
+The fingerprint has an entry of its own, before that of the run, because no auditor may
+see it: whoever holds the original data can try which examples to leave out until the
+fingerprint fits, and so learns what was forgotten.
+
 *Guarantee.* A data set is accepted only if exactly the forgotten examples are missing,
 and all others agree with the log in every part of the fingerprint that it stores.
 *What breaks it:* what no fingerprint reads, as ``opacus_pi.ledger.same_data`` says. A
@@ -28,6 +32,7 @@ from opacus_pi.ledger.same_data import (
 )
 from opacus_pi.unlearning.deletion_log import Entry
 
+REMAINING = "remaining"  # kind of the entry; the payload of ``what_remains``
 _REMEDY = (
     "Pass the training set as it was, or without exactly the examples that were "
     "forgotten: the others in their old order, or all in their old places with "
@@ -90,8 +95,10 @@ def remaining_in(
             done = [rows.get(number) for number in payload.get("requests", ())]
             known = gone is not None and all(isinstance(one, list) for one in done)
             gone = set(gone or ()).union(*filter(None, done)) if known else None
-            latest = _checked(payload.get("remaining"))
+            latest = facts_of_remaining(entry) or latest
             found += _state(latest, gone)
+        elif entry.kind == REMAINING:
+            latest = facts_of_remaining(entry)
     if not found or found[-1].forgotten.tolist() != sorted(stored):
         found += _state(latest, set(stored))
     return found[::-1]
@@ -119,18 +126,22 @@ def num_examples_in(entries: Iterable[Entry]) -> int | None:
     Args:
         entries: All entries of a verified log.
     """
-    done = (entry.payload for entry in entries if entry.kind == "done")
-    found = [_checked((payload or {}).get("remaining")) for payload in done]
+    found = [facts_of_remaining(entry) for entry in entries]
     sizes = [facts["num_examples"] for facts in found if facts is not None]
     return sizes[-1] if sizes else None
 
 
-def _checked(facts: Any) -> dict[str, Any] | None:
+def facts_of_remaining(entry: Entry) -> dict[str, Any] | None:
     """Return what an entry says about the remaining examples; None if nothing usable.
 
     Args:
-        facts: Of an entry that other programs may have written.
+        entry: Any entry, which other programs may have written. Earlier releases stored
+            the facts in the entry of the run.
     """
+    payload = entry.payload or {}
+    facts = payload.get("remaining") if entry.kind == "done" else payload
+    if entry.kind not in (REMAINING, "done"):
+        return None
     kinds = {"data_set": str, "num_examples": int, "fingerprint": str}
     if not isinstance(facts, dict) or facts.keys() != kinds.keys():
         return None

@@ -31,7 +31,7 @@ from opacus_pi.unlearning.deletion_log import (
 )
 from opacus_pi.unlearning.entry_checks import payload_text
 from opacus_pi.unlearning.honouring_weights import weights_path_of
-from opacus_pi.unlearning.requests import plain_name, without_indices
+from opacus_pi.unlearning.requests import plain_name, to_be_logged
 from opacus_pi.unlearning.user_names import UserNames
 
 __all__ = ["import_log", "verify_json_lines"]
@@ -170,7 +170,7 @@ def _converted(
             still_open -= set(ids)
             body["requests"] = [numbers[one] for one in ids]
             if isinstance(body.get("run"), dict):
-                body["run"] = without_indices(body["run"])
+                body["run"] = to_be_logged(body["run"])
         elif kind in (*_KINDS_OF_REQUESTS, *_OWN_KINDS):
             kind, body = _REFUSED, {"kind": kind, "body": body}
         yield entry["time"], kind, body, name

@@ -5,6 +5,12 @@ sees how many requests there were and when each was carried out. What an entry s
 asked, for which examples) is in the file only for the entries that are disclosed,
 together with the salt that opens the commitment in the chain.
 
+Some content is for the owner of the log alone and is never disclosed: the fingerprint
+of the examples that remain, because with the original data it tells which were
+forgotten, and the seed of a run, because with the data that remain the noise and the
+updates of the run can be computed again. Entries of earlier releases about a run have
+one or both of them; entries of this release are about one thing each.
+
 *Guarantee.* A file that ``verify_export`` accepts with a head that was noted elsewhere
 has the entries of that log, and the disclosed content is what was entered.
 *What breaks it:* without such a head, a log can be replaced as a whole. "Redacted" and
@@ -44,8 +50,9 @@ from opacus_pi.unlearning.deletion_log import (
     num_added_since,
 )
 from opacus_pi.unlearning.entry_hashes import commitment_of, entry_hash
+from opacus_pi.unlearning.erased_data import REMAINING
 
-__all__ = ["export_log", "exported_entries", "verify_export"]
+__all__ = ["export_log", "exported_entries", "is_for_owner_only", "verify_export"]
 
 _FACTS = ("number", "time", "kind", "commitment", "previous", "hash")
 _MORE = ("state", "content")  # of an entry
@@ -64,8 +71,8 @@ def export_log(
             none, and the file has no personal data but the times of requests.
 
     Raises:
-        ValueError: If the log is broken, or an entry to disclose does not exist or was
-            redacted.
+        ValueError: If the log is broken, or an entry to disclose does not exist, was
+            redacted, or is for the owner of the log only.
         OSError: If the file could not be written.
     """
     shown = {number: log.opening(number) for number in set(disclose)}
@@ -73,6 +80,15 @@ def export_log(
     for entry in log.entries():
         facts: dict[str, Any] = {name: getattr(entry, name) for name in _FACTS}
         if entry.number in shown:
+            expect(
+                not is_for_owner_only(entry),
+                "disclose",
+                entry.number,
+                "must name entries that others may read",
+                f"Entry {entry.number} has the fingerprint of the examples that "
+                "remain, or the seed of a run. Leave it out: its time and kind are in "
+                "the file in any case.",
+            )
             salt, name, body = shown[entry.number]
             facts["state"] = _DISCLOSED
             facts["content"] = {"salt": salt.hex(), "name": name, "body": body}
@@ -82,6 +98,19 @@ def export_log(
     content = {"kind": LOG_EXPORT.name, "version": LOG_EXPORT.version}
     text = json_text({**content, "entries": entries})
     replace_file(path, text.encode())
+
+
+def is_for_owner_only(entry: Entry) -> bool:
+    """Return whether nobody but the owner of the log may read what an entry says.
+
+    Args:
+        entry: An entry of the log.
+    """
+    payload = entry.payload or {}
+    run = payload.get("run")
+    has_seed = isinstance(run, dict) and "seed" in run
+    of_earlier_release = entry.kind == "done" and (has_seed or "remaining" in payload)
+    return entry.kind == REMAINING or of_earlier_release
 
 
 def exported_entries(path: str | os.PathLike[str]) -> list[Entry]:

@@ -31,8 +31,7 @@ from opacus_pi.unlearning.rewind import RewindPlan
 PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
 
 _UNKNOWN = Guarantee("an unlearning method that was not named", ())
-_LARGE = 10.0  # e^ε is then above 20,000
-_WEAK = "\nAt this ε the bound excludes almost nothing. An exact rewind has ε = 0{how}"
+_INSTEAD = "\nAn exact rewind has ε = 0{how}"
 _HOW = ", if the training saved states (Recorder(checkpoints=...))."
 _TIED = (
     "{outside} examples outside the forget set have, up to rounding, the same privacy "
@@ -198,11 +197,10 @@ class Plan(Shown):
         return f"Steps: {least}{self.predicted_steps} ({self.prediction}). {epoch}"
 
     def _limits(self, delta: float) -> str:
-        """Return the sentence about a bound that excludes almost nothing, or none."""
-        epsilon = self.guarantee.epsilon(delta)
-        if not self.guarantee.kind.startswith("certified") or epsilon <= _LARGE:
+        """Return what to do about a bound that excludes almost nothing, or nothing."""
+        if not self.guarantee.is_too_large(delta):
             return ""
-        return _WEAK.format(how=_HOW if self.rewind is None else ".")
+        return _INSTEAD.format(how=_HOW if self.rewind is None else ".")
 
     def _by_rewind(self, delta: float) -> str:
         """Return the lines about the rewind; empty if no states were named."""

@@ -43,7 +43,9 @@ from opacus_pi.unlearning.deletion_log import (
 )
 from opacus_pi.unlearning.entry_checks import payload_text
 from opacus_pi.unlearning.erased_data import (
+    REMAINING,
     Remaining,
+    facts_of_remaining,
     num_examples_in,
     remaining_in,
     what_remains,
@@ -72,6 +74,9 @@ _LISTS_OF_EXAMPLES = {
     "forget_indices": "num_forget",
     "forgotten_before": "num_forgotten_before",
 }
+# Of a record, for the owner alone: with the seed of a run, and the data that it used,
+# its noise and its updates can be computed again.
+_OWNER_ONLY = ("seed",)
 _DELTA = 1e-5  # at which the log states ε if the guarantee names no δ
 _NUM_FIRST = 8  # entries whose number of examples is looked at before one is added
 _MAX_DIGITS = 1000  # of a whole number as a name
@@ -372,7 +377,8 @@ class DeletionRequests(Shown):
             finished = [number for number in found.pending if number in honoured]
             if finished:  # the process was killed before it could log "done"
                 facts = {"found": "in the stored weights"}
-                self._log_done(finished, facts | _remaining(train_set, unlearner))
+                remains = what_remains(train_set, unlearner.forgotten)
+                self._log_done(finished, facts, remains)
             pending = {n: r for n, r in found.pending.items() if n not in honoured}
             results = []
             for group in _groups(pending, together):
@@ -381,8 +387,8 @@ class DeletionRequests(Shown):
                 result = carry_out(train_set, rows, **options)
                 honoured |= set(group)
                 hashes = [found.hashes[number] for number in honoured]
-                facts = _run_facts(result) | _remaining(train_set, unlearner)
-                self._complete(group, facts, unlearner, hashes)
+                remains = what_remains(train_set, unlearner.forgotten)
+                self._complete(group, _run_facts(result), remains, unlearner, hashes)
                 names = [request.request_id for request in group.values()]
                 record = {**result.record, "requests": names}
                 results.append(replace(result, record=record))
@@ -416,6 +422,7 @@ class DeletionRequests(Shown):
         self,
         group: Mapping[int, DeletionRequest],
         facts: dict[str, Any],
+        remains: dict[str, Any],
         unlearner: Unlearner,
         honoured: list[str],
     ) -> None:
@@ -428,17 +435,25 @@ class DeletionRequests(Shown):
         Args:
             group: The requests of the run, by the number of their entry.
             facts: What the log stores about the run.
+            remains: What it stores about the examples that remain.
             unlearner: Its weights are stored.
             honoured: Hashes of the entries of all requests that the weights honour.
         """
         payload_text(facts)  # what the log would refuse is found before weights change
         store_weights(self.weights_path, unlearner, honoured)
-        self._log_done([*group], facts)
+        self._log_done([*group], facts, remains)
 
-    def _log_done(self, numbers: list[int], facts: dict[str, Any]) -> None:
-        """Log that requests were carried out, and by which weights."""
+    def _log_done(
+        self, numbers: list[int], facts: dict[str, Any], remains: dict[str, Any]
+    ) -> None:
+        """Log that requests were carried out, and by which weights.
+
+        What remains is logged first: if the process is killed between the two entries,
+        the requests are still pending, and both entries are made again.
+        """
         digest = sha256_of(self.weights_path)
         payload = {"requests": numbers, "weights_sha256": digest, **facts}
+        self.log.append(REMAINING, remains)
         self.log.append("done", payload)
 
     def _requests(self, data_set: str | None = None) -> Requests:
@@ -593,7 +608,8 @@ def requests_with_weights(
 
     Returns:
         The state of all requests, and the content of the weights file, which is empty
-        if there is none.
+        if there is none. What the weights honour counts as done, also if a process was
+        killed before it could log that.
 
     Raises:
         FileNotFoundError: If there is no such log.
@@ -604,7 +620,8 @@ def requests_with_weights(
     weights = weights_path_of(os.path.realpath(path))
     stored = stored_weights(weights, num_examples)
     if weights.exists():
-        _honoured(stored, found, weights)  # refuses a log that lacks some of them
+        # Refuses a log that lacks some of them.
+        found.done |= _honoured(stored, found, weights)
     return found, stored
 
 
@@ -620,31 +637,13 @@ def training_set_in(entries: Iterable[Entry]) -> tuple[int | None, str | None]:
     size: int | None = None
     data_set: str | None = None
     for entry in entries:
-        payload = entry.payload or {}
-        facts = payload if entry.kind == "request" else payload.get("remaining")
-        if not isinstance(facts, dict) or entry.kind not in ("request", "done"):
-            continue
+        is_request = entry.kind == "request"
+        facts = (entry.payload if is_request else facts_of_remaining(entry)) or {}
         if type(facts.get("num_examples")) is int:
             size = facts["num_examples"]
         if isinstance(facts.get("data_set"), str):
             data_set = facts["data_set"]
     return size, data_set
-
-
-def forgotten_exactly_by(
-    path: str | os.PathLike[str], num_examples: int
-) -> NDArray[np.int64]:
-    """Return the examples that exact rewinds of a log's requests have forgotten.
-
-    Args:
-        path: The deletion log. Only the weights beside it are read.
-        num_examples: Length of the training set.
-
-    Raises:
-        ValueError: If the weights are damaged.
-    """
-    stored = stored_weights(weights_path_of(path), num_examples)
-    return np.array(stored.forgotten_exactly, dtype=np.int64)
 
 
 def _groups(
@@ -681,20 +680,10 @@ def remaining_by_log(path: str | os.PathLike[str]) -> list[Remaining]:
     return remaining_in(entries, stored)
 
 
-def _remaining(train_set: Any, unlearner: Unlearner) -> dict[str, Any]:
-    """Return what the log stores about the examples that remain after a run.
-
-    Args:
-        train_set: The training set.
-        unlearner: Knows what was forgotten until now.
-    """
-    return {"remaining": what_remains(train_set, unlearner.forgotten)}
-
-
 def _run_facts(result: UnlearningResult) -> dict[str, Any]:
     """Return what the log stores about a run."""
     return {
-        "run": without_indices(result.record),
+        "run": to_be_logged(result.record),
         "guarantee": result.guarantee.kind,
         **_bound(result.guarantee),
     }
@@ -720,15 +709,17 @@ def _bound(guarantee: Guarantee) -> dict[str, float]:
     return {**known, "delta": delta} if known else {}
 
 
-def without_indices(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's record with the length of each list of examples in its place.
+def to_be_logged(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's record without its seed, and with numbers in place of examples.
 
     In a log only the requests name examples: when they are redacted, nothing is left.
+    The seed stays in the owner's record, because a log is shown to others.
 
     Args:
         record: Of ``UnlearningResult``.
     """
-    kept = {name: v for name, v in record.items() if name not in _LISTS_OF_EXAMPLES}
+    left_out = {*_LISTS_OF_EXAMPLES, *_OWNER_ONLY}
+    kept = {name: v for name, v in record.items() if name not in left_out}
     counts = {
         counted: len(record[name])
         for name, counted in _LISTS_OF_EXAMPLES.items()

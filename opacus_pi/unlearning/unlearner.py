@@ -323,7 +323,7 @@ class Unlearner:
             loaders = self._loaders(train_set, retain, gone, batch_size, collate_fn)
             costs = self._fit(loaders, num_epochs, watch)
         self.history = self.history.ended(weights_name(self.model))
-        record |= {**costs, **self._origin(self.history.left)}
+        record |= {**costs, **self._origin(self.history.left), "finished": _now()}
         return UnlearningResult(self.model, self.trace, guarantee, record)
 
     def _split(
@@ -532,7 +532,7 @@ class Unlearner:
             self._evaluate_at(plan.num_updates / plan.updates_per_epoch, evaluate)
         self.model.eval()
         self.trace.cost["seconds"] = time.perf_counter() - clock
-        record |= self.trace.cost | self._origin(left)
+        record |= {**self.trace.cost, **self._origin(left), "finished": _now()}
         return UnlearningResult(self.model, self.trace, plan.guarantee, record)
 
     def _is_rewound(

@@ -310,6 +310,29 @@ def test_rounded_up_has_few_digits(value, text):
     assert rounded_up(value) == text
 
 
+@pytest.mark.parametrize(
+    ("curve", "pairs", "is_exact"),
+    [
+        ((0.0, 0.0), (EpsilonDelta(0.0, 0.0, "exact rewind", True),), True),
+        ((math.inf, math.inf), (EpsilonDelta(0.0, 0.0, "a proof"),), True),
+        ((0.5, 2.0), (EpsilonDelta(0.0, 1e-5, "a proof", True),), False),
+        ((0.0, 0.0), (EpsilonDelta(0.0, 1e-5, "a proof", True),), False),  # rounded
+    ],
+)
+def test_a_bound_of_zero_is_exact_at_every_order(curve, pairs, is_exact):
+    clipped = observed("it was clipped", "max_grad_norm=1")
+    curves = {"orders": (2.0, 63.0), "divergences": curve, "statements": pairs}
+    claim = guarantee_of_run("exact rewind", [clipped], **curves)
+    assert claim.is_exact is is_exact and claim.epsilon(1e-5) == 0
+    text = claim.text(1e-5)
+    assert ("ε = 0 and δ = 0, and a Rényi divergence of 0 at every" in text) is is_exact
+    assert ("at α = " in text or "ε ≤ 0" in text) is not is_exact
+    assert (claim.reverse_epsilon(1e-5) == 0) or not is_exact
+    assert ("at most as probable as" in text) is not is_exact
+    doubtful = observed("it is a bound", "one run", met=False)
+    assert not guarantee_of_run("rewind", [doubtful], **curves).is_exact
+
+
 def test_what_is_shown_to_others_has_no_estimate():
     facts = (observed("it was clipped", "max_grad_norm=1"),)
     curves = {"orders": (2.0, 8.0), "divergences": (0.5, 2.0)}
@@ -334,15 +357,19 @@ def test_what_is_shown_to_others_has_no_estimate():
         (math.log(2), "at most 2 times as probable"),
         (6.3321, "at most 570 times"),  # e^6.3321 = 562.3
         (9.17, "at most 9,700 times"),  # e^9.17 = 9,604: rounded up
-        (20.0, "perhaps more than a million times"),
-        (0.0, ""),
+        (10.0, "at most 23,000 times"),
+        (10.01, "In words: this bound excludes almost nothing."),
+        (800.0, "In words: this bound excludes almost nothing."),
+        (0.0, "exactly the distribution that it would have had"),
     ],
 )
 def test_a_bound_is_said_in_words(epsilon, words):
     pair = EpsilonDelta(epsilon, 0.0, "a proof", both_directions=True)
     clipped = observed("it was clipped", "max_grad_norm=1")
     text = guarantee_of_run("SGD", [clipped], statements=[pair]).text(1e-5)
-    assert ("In words: " in text) == bool(words) and words in text
+    assert words in text
+    weak = "bound is too large to be of practical use"
+    assert (weak in text.splitlines()[0]) == (epsilon > 10)
     doubtful = observed("it is a bound", "one run", met=False)
     assert (
         "In words" not in guarantee_of_run("SGD", [doubtful], statements=[pair]).text()

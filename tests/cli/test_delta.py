@@ -8,6 +8,8 @@ import pytest
 from opacus_pi import Guarantee
 from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.cli.parser import build_parser
+from opacus_pi.unlearning import DeletionStatement
+from opacus_pi.unlearning.honouring_weights import sha256_of
 from tests.cli.conftest import DATA, MODEL
 
 LEDGER = ("--ledger", "ledger.safetensors")
@@ -61,11 +63,19 @@ def test_an_unlearning_run_and_its_report(run, answer, tmp_path):
     claim = Guarantee.from_json((out / "guarantee.json").read_text())
     assert (found["delta"], found["epsilon"]) == (0.01, claim.epsilon(0.01))
     page = tmp_path / "r.html"
-    shown = Guarantee.from_json((out / "guarantee_to_show.json").read_text())
-    assert claim.estimates and shown == claim.without_estimates()
+    shown = DeletionStatement.load(out / "guarantee_to_show.json")
+    assert claim.estimates and shown.guarantee == claim.without_estimates()
+    assert (shown.delta, shown.num_forgotten) == (0.01, 1)
+    digest = sha256_of(out / "weights.safetensors")
+    assert shown.weights_file == digest and shown.requests == ()
+    code, text, _ = run("verify", out / "guarantee_to_show.json")
+    assert code == 0 and text.startswith("verified: a statement about a deletion\n\n")
+    assert digest in text and f"ε ≤ {rounded_up(claim.epsilon(0.01))} at δ" in text
+    assert "estimate for this set" not in text
     report = answer("report", out, *LEDGER, "--delta", "0.02", "--out", page)["report"]
     assert report["delta"] == report["unlearning"]["delta"] == 0.02
     assert report["unlearning"]["epsilon"] == claim.epsilon(0.02)
+    assert "seed" not in report["unlearning"]["settings"]  # the owner's alone
     words = page.read_text(encoding="utf-8")
     assert f"ε ≤ {rounded_up(claim.epsilon(0.02))} at δ = 0.02" in words
     assert f"ε ≈ {claim.estimated_epsilon(0.02):.4g} at δ = 0.02" in words

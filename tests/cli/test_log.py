@@ -5,11 +5,21 @@ import stat
 
 import pytest
 
+from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
+from opacus_pi.files.weights_file import write_weights
 from opacus_pi.unlearning import exported_entries, list_requests
+from opacus_pi.unlearning.claims import History
 from opacus_pi.unlearning.deletion_log import DeletionLog, verify
+from opacus_pi.unlearning.honouring_weights import sha256_of
 from opacus_pi.unlearning.requests import DeletionRequests
 from tests.cli.conftest import DATA, MODEL
 
+HONOURED = {
+    "honoured_entries": "[]",
+    "forgotten": "[3]",
+    "forgotten_exactly": "[]",
+    "history": History().text,
+}
 OWNERS = {"p03": [17, 3], "p04": [5], "twin": [5]}
 TRAIN = DATA[:2]
 UNLEARN = ("unlearn", *MODEL, *TRAIN, "--epochs", "1")
@@ -154,7 +164,7 @@ def kept(answer, log, tmp_path):
 def test_the_list_says_what_is_pending(run, answer, kept):
     found = answer("log", "list", kept)
     first, second = found["requests"]
-    assert first["state"] == "carried out" and first["done_entry"] == 1
+    assert first["state"] == "carried out" and first["done_entry"] == 2
     assert second["state"] == "pending" and second["indices"] == [5, 6]
     assert (found["num_pending"], found["num_carried_out"]) == (1, 1)
     assert found["head"] == verify(kept).head
@@ -162,7 +172,7 @@ def test_the_list_says_what_is_pending(run, answer, kept):
     assert pending["requests"] == [second] and pending["num_carried_out"] == 1
     code, out, err = run("log", "list", kept)
     assert (code, err) == (0, "") and "1 pending, 1 carried out, 0 redacted." in out
-    assert "2026-001" in out and "(entry 1)" in out and found["head"] in out
+    assert "2026-001" in out and "(entry 2)" in out and found["head"] in out
 
 
 def test_the_list_changes_nothing(run, kept, tmp_path):
@@ -215,18 +225,34 @@ def test_a_log_that_lost_its_last_entries_is_refused(run, kept):
 def test_an_auditor_sees_what_is_disclosed(run, answer, kept, tmp_path):
     path = tmp_path / "for_auditor.json"
     found = answer("log", "export", kept, "--out", path)
-    assert found["num_entries"] == 3 and found["disclosed"] == []
+    assert found["num_entries"] == 4 and found["disclosed"] == []
     assert all(entry.payload is None for entry in exported_entries(path))
     assert b"2026-001" not in path.read_bytes()
     again = answer("log", "export", kept, "--out", path)  # a newer one replaces it
     assert again["head"] == found["head"]
     one = tmp_path / "one.json"
     found = answer("log", "export", kept, "--disclose", "2026-001", "--out", one)
-    assert found["disclosed"] == [0, 1]
+    assert found["disclosed"] == [0, 2] and found["for_owner_only"] == []
     shown = [entry.payload is not None for entry in exported_entries(one)]
-    assert shown == [True, True, False]
+    assert shown == [True, False, True, False]
+    assert b"seed" not in one.read_bytes() and b"fingerprint" not in one.read_bytes()
     code, out, _ = run("verify", one, found["head"])
     assert code == 0 and found["head"] in out
+
+
+def test_what_an_earlier_release_wrote_about_a_run_is_withheld(run, log, tmp_path):
+    """Its entry has the seed of the run beside the facts that may be shown."""
+    DeletionRequests(log, 120).submit("2026-001", indices=[3])
+    weights = log.with_name("deletions.db.safetensors")
+    write_weights(weights, UNLEARNED_WEIGHTS, {}, HONOURED)
+    facts = {"requests": [0], "weights_sha256": sha256_of(weights)}
+    DeletionLog(log).append("done", {**facts, "run": {"seed": 7}})
+    path = tmp_path / "one.json"
+    code, out, _ = run("log", "export", log, "--disclose", "2026-001", "--out", path)
+    assert code == 0 and "is disclosed: 0.\nNot disclosed: 1. An earlier" in out
+    assert [e.payload is None for e in exported_entries(path)] == [False, True]
+    assert b"seed" not in path.read_bytes()
+    assert run("verify", log)[0] == run("verify", path)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -135,22 +135,68 @@ def test_errors(run, words, message):
     assert err.count("\n") == 1
 
 
-def test_what_was_asked_before_counts(run, answer, ledger, tmp_path):
+LANGEVIN = (*BUILD, "--method", "langevin", "--set", "noise_std=.02")
+ON = (*MODEL, *DATA[:2], "--ledger", "ledger.safetensors")
+
+
+def claims_in(found):
+    return {
+        a["statement"]: a["met"] and a["established"]
+        for a in found["guarantee"]["assumptions"]
+    }
+
+
+def test_pending_requests_are_in_the_run_and_in_its_plan(run, answer, tmp_path):
+    """``unlearn --log`` forgets them together, from the trained model."""
     path = tmp_path / "deletions.db"
     DeletionRequests(path, 120).submit("a", indices=[5, 6])
     content = path.read_bytes()
-    langevin = (*BUILD, "--method", "langevin", "--set", "noise_std=.02")
-    alone = answer(*PLAN, "3", *langevin)
-    found = answer(*PLAN, "3", *langevin, "--log", path)
-    assert (found["num_retain"], found["num_forgotten_before"]) == (117, 2)
-    assert found["mean_loss"] == alone["mean_loss"]
-    one = "no earlier run was fine-tuned on the forget set"
-    for plan, met in ((alone, True), (found, False)):
-        said = {a["statement"]: a["met"] for a in plan["guarantee"]["assumptions"]}
-        assert said[one] is met
+    found = answer(*PLAN, "3", *LANGEVIN, "--log", path)
+    assert found["pending"] == ["a"] and found["num_forgotten_before"] == 0
+    assert (found["num_forget"], found["num_retain"]) == (3, 117)
+    together = answer(*PLAN, "3,5,6", *LANGEVIN)
+    for name in ("mean_loss", "epsilon", "percentile"):
+        assert found[name] == together[name]
     _, out, _ = run(*PLAN, "3", "--log", path)
-    assert "covers 3 examples: 1 new, and 2 forgotten before" in out
+    assert out.startswith(f"Pending in {path}: a. 'opacus-pi unlearn --log' carries")
+    assert "2 examples more than the command names" in out
     assert path.read_bytes() == content
+    run_of_it = answer(
+        *("unlearn", *ON, "--forget", "3", "--method", "langevin"),
+        *("--set", "noise_std=.02", "--log", path, "--out", tmp_path / "run"),
+    )
+    assert run_of_it["epsilon"] == found["epsilon"]
+    assert claims_in(run_of_it).keys() == claims_in(found).keys()
+    assert run_of_it["guarantee"]["kind"] == found["guarantee"]["kind"]
+
+
+def test_a_request_that_is_named_again_is_counted_once(run, answer, tmp_path):
+    path = tmp_path / "deletions.db"
+    DeletionRequests(path, 120).submit("a", indices=[3])
+    found = answer(*PLAN, "3", *LANGEVIN, "--log", path)
+    alone = answer(*PLAN, "3", *LANGEVIN)
+    assert found["pending"] == ["a"] and alone["pending"] == []
+    assert found["epsilon"] == alone["epsilon"] and found["num_forget"] == 1
+    assert "0 examples more" in run(*PLAN, "3", "--log", path)[1]
+
+
+def test_what_was_carried_out_is_forgotten_before(run, answer, tmp_path):
+    path = tmp_path / "deletions.db"
+    words = ("unlearn", *ON, "--epochs", "1", "--log", path)
+    answer(*words, "--forget", "5,6", "--out", tmp_path / "first")
+    found = answer(*PLAN, "3", *BUILD, "--log", path)
+    assert found["pending"] == [] and found["num_forget"] == 1
+    assert (found["num_retain"], found["num_forgotten_before"]) == (117, 2)
+    one = "no earlier run was fine-tuned on the forget set"
+    assert claims_in(found)[one] is False
+    out = run(*PLAN, "3", "--log", path)[1]
+    assert out.startswith(f"Pending in {path}: no request.\n")
+    assert "covers 3 examples: 1 new, and 2 forgotten before" in out
+    again = answer(*words, "--forget", "3", "--out", tmp_path / "second")
+    assert again["guarantee"]["kind"] == found["guarantee"]["kind"] == "empirical"
+    path.with_name("deletions.db.safetensors").unlink()
+    code, _, err = run(*PLAN, "3", "--log", path)
+    assert code == 2 and "has the weights that honour the 2 requests" in err
 
 
 def test_a_bad_record(run, tmp_path):

@@ -14,7 +14,7 @@ from opacus_pi.ledger.erased_examples import ErasedExamples, not_erased
 from opacus_pi.ledger.fingerprint import fingerprint_of_some
 from opacus_pi.unlearning import FineTune, Unlearner
 from opacus_pi.unlearning import requests as requests_module
-from opacus_pi.unlearning.deletion_log import verify
+from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from opacus_pi.unlearning.requests import DeletionRequests
 from opacus_pi.unlearning.rivals import NegGradPlus
 from tests.integration.rewinding import SIZE as TRAINED_SIZE
@@ -290,13 +290,35 @@ def test_redacted_requests(tmp_path):
 
 def test_a_log_of_an_earlier_release_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(requests_module, "_remaining", lambda *_: {})
+        patch.setattr(requests_module, "what_remains", lambda *_: {})
         mine = carried_out(tmp_path, tensors(), [5])
     with pytest.raises(ValueError, match="does not say which examples remain"):
         mine.erased(shorter(5))
     mine.submit("later", indices=[2])
     mine.process(unlearner(tensors()), tensors(), num_epochs=1)
     assert mine.erased(shorter(2, 5)).erased.tolist() == [2, 5]
+
+
+def test_earlier_releases_stored_what_remains_with_the_run(tmp_path, monkeypatch):
+    append = DeletionLog.append
+
+    def as_before(log, kind, payload, **options):
+        if kind == "remaining":
+            return kept.append(payload)
+        if kind == "done":
+            payload = {**payload, "remaining": kept.pop()}
+        return append(log, kind, payload, **options)
+
+    kept = []
+    with monkeypatch.context() as patch:
+        patch.setattr(DeletionLog, "append", as_before)
+        mine = carried_out(tmp_path, tensors(), [5])
+    assert [e.kind for e in mine.log.entries()] == ["request", "done"]
+    assert mine.erased(shorter(5)).erased.tolist() == [5]
+    mine.submit("later", indices=[2])
+    mine.process(unlearner(tensors()), mine.erased(shorter(5)), num_epochs=1)
+    assert mine.erased(shorter(2, 5)).erased.tolist() == [2, 5]
+    verify(mine.log.path)
 
 
 def test_before_any_request_nothing_may_be_missing(tmp_path):

@@ -125,6 +125,30 @@ def test_what_is_not_there_cannot_be_disclosed(log, tmp_path, number):
 
 
 @pytest.mark.parametrize(
+    ("kind", "payload", "is_shown"),
+    [
+        ("remaining", {"fingerprint": "some:3"}, False),
+        ("done", {"requests": [0], "run": {"seed": 7, "num_steps": 1}}, False),
+        ("done", {"requests": [0], "remaining": {"fingerprint": "some:3"}}, False),
+        ("done", {"requests": [0], "run": {"num_steps": 1}}, True),
+        ("request", {"indices": [3], "run": "seed"}, True),
+    ],
+)
+def test_seeds_and_what_remains_are_never_disclosed(tmp_path, kind, payload, is_shown):
+    log, path = DeletionLog(tmp_path / "d.db"), tmp_path / "export.json"
+    log.append(kind, payload)
+    if is_shown:
+        export_log(log, path, disclose=[0])
+        assert exported_entries(path)[0].payload == payload
+        return
+    with pytest.raises(ValueError, match="disclose must name entries that others may"):
+        export_log(log, path, disclose=[0])
+    export_log(log, path)
+    assert verify_export(path, log.head).num_added == 0
+    assert exported_entries(path)[0].payload is None
+
+
+@pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"kind": 1, "version": 1}', "\udcff"]
 )
 def test_other_files_are_refused(tmp_path, text):

@@ -81,7 +81,7 @@ def test_one_by_one(tmp_path):
     assert mine.pending == []
     np.testing.assert_array_equal(worker.forgotten, [2, 3, 5, 8, 9])
     kinds = [e.kind for e in mine.log.entries()]
-    assert kinds == ["request"] * 3 + ["done"] * 3
+    assert kinds == ["request"] * 3 + ["remaining", "done"] * 3
     assert mine.process(worker, data(), num_epochs=1) == []
     verify(mine.log.path)
 
@@ -646,7 +646,7 @@ def test_a_redacted_request_is_gone_and_the_log_verifies(tmp_path):
     assert b"[17,18]" not in mine.log.path.read_bytes()
     found = verify(mine.log.path, head)
     assert (found.redacted, found.num_added) == ((1,), 1)
-    assert [e.redacted for e in mine.log.entries()] == [False, True, *[False] * 3]
+    assert [e.redacted for e in mine.log.entries()] == [False, True, *[False] * 5]
 
 
 def test_what_was_redacted_stays_forgotten(tmp_path):
@@ -690,11 +690,14 @@ def test_a_pending_request_is_not_redacted(tmp_path):
 
 def test_only_the_requests_in_a_log_name_examples(tmp_path):
     mine = submitted(tmp_path)
-    mine.process(unlearner(), data(), num_epochs=1, together=True)
+    (result,) = mine.process(unlearner(), data(), num_epochs=1, together=True)
     (done,) = (e for e in mine.log.entries() if e.kind == "done")
     run = done.payload["run"]
     assert (run["num_forget"], run["num_forgotten_before"]) == (5, 0)
     assert not {"forget_indices", "forgotten_before", "requests"} & run.keys()
+    # For the owner only: the seed is in the record, what remains in its own entry.
+    assert "seed" not in run and "remaining" not in done.payload
+    assert result.record["seed"] == 2
     assert done.payload["requests"] == [0, 1, 2]
     assert not {"epsilon", "reverse_epsilon", "delta"} & done.payload.keys()  # no bound
 

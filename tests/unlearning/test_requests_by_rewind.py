@@ -11,7 +11,8 @@ from opacus_pi.files.weights_file import write_weights
 from opacus_pi.unlearning import requests as requests_module
 from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.honouring_weights import stored_weights
-from opacus_pi.unlearning.requests import DeletionRequests, forgotten_exactly_by
+from opacus_pi.unlearning.next_run import next_run
+from opacus_pi.unlearning.requests import DeletionRequests
 from tests.integration.rewinding import SIZE, Saved, weights
 
 POLICY = DeletionPolicy(2.0, 1e-5)
@@ -128,7 +129,7 @@ def test_a_later_process_by_policy_leaves_exact_requests_exact(tmp_path, saved):
     mine = requests(tmp_path)
     mine.submit("a", indices=[exact])
     mine.process(saved.unlearner(), saved.data, checkpoints=saved.states)
-    assert forgotten_exactly_by(mine.log.path, SIZE).tolist() == [exact]
+    assert next_run(mine.log.path, SIZE).forgotten_exactly.tolist() == [exact]
     mine.redact("a")
     mine.submit("b", indices=[other])
     by_policy = {"checkpoints": saved.states, "deletion_policy": POLICY}

@@ -1,0 +1,260 @@
+"""What may be shown about a deletion: which requests, when, which weights, what holds.
+
+A guarantee is about numbers. Whoever asked for a deletion, an auditor or a lawyer also
+asks which request it answers, when that was, and which model it is about. The statement
+joins these facts with the guarantee, without the estimate that only the owner of the
+data may see.
+
+*Guarantee.* ``from_json`` accepts a text only as it was written, and every number is
+computed again from the guarantee in it. *What breaks it:* the checksum finds accidental
+changes and careless edits, not a forger. That the requests were received and carried
+out is shown by the deletion log.
+
+>>> from opacus_pi.accounting.guarantee import Assumption
+>>> clipped = Assumption("Every gradient was clipped", True, "max_grad_norm=1")
+>>> claim = Guarantee("Langevin", (clipped,), orders=(2.0,), divergences=(0.5,))
+>>> statement = DeletionStatement(claim, 1e-5, ("2026-001",), num_forgotten=1)
+>>> print(str(statement).splitlines()[0])
+Statement about the deletion request 2026-001.
+>>> DeletionStatement.from_json(statement.to_json()) == statement
+True
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opacus_pi._printable import in_one_line
+from opacus_pi._shown import Shown
+from opacus_pi._validate import expect
+from opacus_pi.accounting.conversion import check_delta
+from opacus_pi.accounting.guarantee import Guarantee, rounded_up
+from opacus_pi.files.checksummed_json import require_unedited, with_json_checksum
+from opacus_pi.files.kinds import DELETION_STATEMENT
+from opacus_pi.files.plain_json import plain_json
+from opacus_pi.files.regular_file import require_regular
+from opacus_pi.files.strict_json import json_text
+from opacus_pi.unlearning.honouring_weights import sha256_of
+from opacus_pi.unlearning.unlearner import UnlearningResult
+
+__all__ = ["DeletionStatement", "deletion_statement"]
+
+_FORMAT = f"{DELETION_STATEMENT.name}.v{DELETION_STATEMENT.version}"
+_UNEDITED = "Ask for the file that opacus_pi wrote."
+_LIMITS = (
+    "This statement is about the model with these weights. It does not cover copies, "
+    "backups and earlier releases of the model, nor what somebody has learned from "
+    "them. It says what its author claims; that the requests were received and carried "
+    "out is shown by the deletion log."
+)
+
+
+@dataclass(frozen=True, repr=False)
+class DeletionStatement(Shown):
+    """What may be shown to others about one run of unlearning.
+
+    Args:
+        guarantee: What is claimed, with its assumptions. It has no estimate.
+        delta: δ in (0, 1) at which ε is stated.
+        requests: Names of the requests that the run carried out; empty if there was no
+            deletion log.
+        finished: When the run ended, ISO 8601 in UTC; empty if that is not known.
+        num_forgotten: Number of examples that the guarantee covers, those of earlier
+            requests included.
+        weights: SHA-256 of the weights by name and value, as
+            ``record["unlearned_weights"]`` and the deletion log name them.
+        weights_file: SHA-256 of the file of the weights; empty if no file is named.
+
+    Raises:
+        ValueError: If δ is outside (0, 1), or the guarantee has an estimate.
+    """
+
+    guarantee: Guarantee
+    delta: float
+    requests: tuple[str, ...] = ()
+    finished: str = ""
+    num_forgotten: int = 0
+    weights: str = ""
+    weights_file: str = ""
+
+    def __post_init__(self) -> None:
+        check_delta(self.delta)
+        expect(
+            self.guarantee == self.guarantee.without_estimates(),
+            "guarantee",
+            "one with an estimate",
+            "must have no estimate, which only the owner of the data may see",
+            "Pass guarantee.without_estimates().",
+        )
+
+    def _shown(self) -> dict[str, Any]:
+        facts = {"requests": list(self.requests), "finished": self.finished}
+        return {**facts, "kind": self.guarantee.kind}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the statement as JSON facts; how-to/regulator.md lists the keys."""
+        least = self.guarantee.least_order(self.delta)
+        order, divergence = (None, None) if least is None else least
+        return {
+            "format": _FORMAT,
+            "requests": list(self.requests),
+            "finished": self.finished,
+            "num_forgotten": self.num_forgotten,
+            "weights": self.weights,
+            "weights_file": self.weights_file,
+            "kind": self.guarantee.kind,
+            "exact": self.guarantee.is_exact,
+            "too_large": self.guarantee.is_too_large(self.delta),
+            "epsilon": self.guarantee.epsilon(self.delta),
+            "reverse_epsilon": self.guarantee.reverse_epsilon(self.delta),
+            "delta": self.delta,
+            "order": order,
+            "divergence": divergence,
+            "in_words": self.guarantee.in_words(self.delta),
+            "guarantee": json.loads(self.guarantee.to_json()),
+        }
+
+    def to_json(self) -> str:
+        """Return the statement as JSON text, with a checksum."""
+        return json_text(with_json_checksum(self.facts()))
+
+    @classmethod
+    def from_json(cls, text: str) -> "DeletionStatement":
+        """Read the text that ``to_json`` wrote.
+
+        Args:
+            text: The JSON text.
+
+        Raises:
+            ValueError: If the text is something else, or was edited.
+        """
+        try:
+            content = dict(plain_json(text))
+            found = cls(
+                Guarantee.from_json(json.dumps(content["guarantee"])),
+                float(content["delta"]),
+                tuple(map(str, content["requests"])),
+                str(content["finished"]),
+                int(content["num_forgotten"]),
+                str(content["weights"]),
+                str(content["weights_file"]),
+            )
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"text must be JSON in the format {_FORMAT}, got something else "
+                f"({in_one_line(str(error))[:200]}). {_UNEDITED}"
+            ) from error
+        require_unedited(content, "The text", _UNEDITED)
+        expect(
+            with_json_checksum(found.facts()) == content,
+            "text",
+            "other numbers or words",
+            "must say what follows from the guarantee in it",
+            f"It was edited. {_UNEDITED}",
+        )
+        return found
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "DeletionStatement":
+        """Read a file with the text that ``to_json`` wrote.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: As ``from_json``.
+        """
+        require_regular(path)
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def __str__(self) -> str:
+        parts = [self._of_request(), self._claim(), _LIMITS]
+        parts.append(f"In full:\n{self.guarantee.text(self.delta)}")
+        return "\n\n".join(parts)
+
+    def _of_request(self) -> str:
+        """Return which requests, when, and which model."""
+        names = ", ".join(map(in_one_line, self.requests))
+        about = f"request{'s' * (len(self.requests) > 1)} {names}"
+        ended = f"The run ended at {in_one_line(self.finished)}. " * bool(self.finished)
+        size = f"{self.num_forgotten} example{'s' * (self.num_forgotten != 1)}"
+        lines = [
+            f"Statement about the deletion {about}."
+            if names
+            else "Statement about a deletion that is in no deletion log.",
+            f"{ended}The model was to forget {size}, those of earlier requests "
+            "included.",
+        ]
+        for what, digest in (("file", self.weights_file), ("weights", self.weights)):
+            if digest:
+                lines.append(f"SHA-256 of the model's {what}: {in_one_line(digest)}")
+        return "\n".join(lines)
+
+    def _claim(self) -> str:
+        """Return what is claimed, in words and numbers, and on what it rests."""
+        claim, delta = self.guarantee, self.delta
+        if not claim.in_words(delta):
+            return (
+                "No bound is claimed. Judge the model only by comparison with models "
+                "that were retrained without the examples."
+            )
+        weak = ", but the bound is too large to be of practical use"
+        standing = (
+            "Certified, if the declarations hold"
+            if claim.declarations
+            else ("Certified")
+        )
+        number = (
+            "ε = 0" if claim.is_exact else f"ε ≤ {rounded_up(claim.epsilon(delta))}"
+        )
+        lines = [
+            f"{standing}{weak * claim.is_too_large(delta)}: {number} at δ = {delta:g}.",
+            claim.in_words(delta),
+            f"This rests on {len(claim.assumptions)} conditions. "
+            f"{len(claim.declarations)} of them are declared by the author and were "
+            "not checked by the program; the others were observed or follow from what "
+            "was observed.",
+        ]
+        return "\n".join(lines)
+
+
+def deletion_statement(
+    result: UnlearningResult,
+    delta: float,
+    *,
+    weights_path: str | os.PathLike[str] | None = None,
+) -> DeletionStatement:
+    """Return what may be shown to others about a run of unlearning.
+
+    Args:
+        result: The run. ``DeletionRequests.process`` adds the names of the requests to
+            its record.
+        delta: δ in (0, 1); choose it below 1 / (data set size).
+        weights_path: The file of the weights that is released, to name it by its
+            SHA-256; None: only the weights themselves are named.
+
+    Returns:
+        The statement. It has no estimate and lists no examples.
+
+    Raises:
+        FileNotFoundError: If there is no file of that name.
+        ValueError: If δ is outside (0, 1).
+    """
+    record = result.record
+    examples: Iterable[int] = (
+        *record.get("forget_indices", ()),
+        *record.get("forgotten_before", ()),
+    )
+    return DeletionStatement(
+        result.guarantee.without_estimates(),
+        delta,
+        tuple(record.get("requests", ())),
+        record.get("finished", ""),
+        len(set(examples)),
+        record.get("unlearned_weights", ""),
+        "" if weights_path is None else sha256_of(Path(weights_path)),
+    )
