@@ -53,6 +53,7 @@ __all__ = [
     "PASSES_DISAGREE",
     "REPEATED",
     "ROWS_IN_MODEL",
+    "ROWS_OF_OTHERS",
     "SEVERAL_BATCHES",
     "SHARED_INPUT",
     "TAKEN_OVER",
@@ -384,6 +385,19 @@ CUT_INPUT = Cause(
     "example in batches of different lengths. If only padding is cut away or added, "
     "and the model ignores padding, for example by a mask, or if the sizes do not "
     "depend on the data, nothing needs to be done.",
+    link="rows",
+)
+ROWS_OF_OTHERS = Cause(
+    "an input has entries of other examples of the batch",
+    "beside",
+    "The loop computed an input of the model, and batch after batch this input had "
+    "more entries of other examples than chance explains: copies of them, or mixtures. "
+    "So the gradient of an example depends on other examples of its batch, and "
+    "max_grad_norm does not bound what they contribute. This happens if a second "
+    "forward pass gets negatives that are drawn from the batch, or a mixup of it. Draw "
+    "negatives from all items, independently of the batch, or form pairs of examples "
+    "in the data set. If each entry is computed from its own example, and neighbours "
+    "in the order of the data belong together, nothing needs to be done.",
     link="rows",
 )
 REPEATED = Cause(

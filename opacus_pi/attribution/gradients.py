@@ -16,6 +16,7 @@ not delivered.
 import numpy as np
 
 from opacus_pi.attribution.causes import (
+    ANOTHER_INPUT,
     ANOTHER_PASS,
     MISMATCH,
     NOT_DELIVERED,
@@ -108,7 +109,9 @@ def _joined(passes: list[ForwardPass]) -> list[ForwardPass]:
     """Join passes that entered one loss with the pass before them.
 
     These are passes over the same samples, and passes over as many samples that the
-    loader did not deliver. The stronger evidence stays.
+    loader did not deliver. The stronger evidence stays. An input that the loop computed
+    for one of two passes, such as negatives for the users of a batch, makes it a pass
+    over samples that the loader did not deliver.
     """
     kept: list[ForwardPass] = []
     for forward in passes:
@@ -122,15 +125,25 @@ def _joined(passes: list[ForwardPass]) -> list[ForwardPass]:
 
 def _joint(one: ForwardPass, other: ForwardPass) -> ForwardPass | None:
     """Return the stronger of two passes that may be joined; None if they may not."""
+    notes = dict.fromkeys((*one.notes, *other.notes))
     if _are_same_samples(one.indices, other.indices):
-        return other if other.is_recognised and not one.is_recognised else one
+        joint = other if other.is_recognised and not one.is_recognised else one
+        if _has_computed_input(one) != _has_computed_input(other):
+            notes.pop(ANOTHER_INPUT, None)
+            notes[ANOTHER_PASS] = None
+        joint.notes = tuple(notes)
+        return joint
     for known, beside in ((one, other), (other, one)):
         is_beside = beside.indices is None and beside.cause is NOT_DELIVERED
         if known.is_recognised and is_beside and beside.num_inputs == known.num_samples:
-            if ANOTHER_PASS not in known.notes:
-                known.notes = (*known.notes, ANOTHER_PASS)
+            known.notes = tuple({**notes, ANOTHER_PASS: None})
             return known
     return None
+
+
+def _has_computed_input(forward: ForwardPass) -> bool:
+    """Return whether the loop computed an input of a pass beside those of the batch."""
+    return ANOTHER_INPUT in forward.notes or forward.cause is ANOTHER_INPUT
 
 
 def _are_same_samples(one: Indices | None, other: Indices | None) -> bool:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["OtherSamples", "made_of_others"]
+__all__ = ["OtherSamples", "made_of_others", "num_mixed"]
 
 Entries = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -60,8 +60,36 @@ def made_of_others(now: Entries, before: Entries) -> OtherSamples:
     scaled = _are_scaled(now, before)
     is_own = scaled.diagonal()
     is_copy = scaled.any(axis=1)
-    mixed = (_are_sums(now, before) | _are_spliced(now, before)) & ~is_copy
+    is_sum = _are_sums(now, before, before)
+    np.fill_diagonal(is_sum, False)
+    is_spliced = _are_spliced(now, before, before)
+    mixed = (is_sum.any(axis=1) | is_spliced) & ~is_copy
     return OtherSamples(mixed, is_copy & ~is_own)
+
+
+def num_mixed(
+    now: Entries, own: Entries, others: Entries, without: NDArray[np.int64] | None
+) -> int:
+    """Count samples that are mixtures of their own and another one, at most 128.
+
+    Args:
+        now: Entries of each sample after a change, ``(b, k)``.
+        own: The same entries of its own sample before it, ``(b, k)``.
+        others: Entries of the samples that may be mixed in, ``(n, k)``; the first 128
+            are compared.
+        without: Which of these is each sample's own one, ``(b,)``; None: no one is.
+    """
+    now, own, others = now[:_MAX_COMPARED], own[:_MAX_COMPARED], others[:_MAX_COMPARED]
+    if now.shape[1] < _MIN_ENTRIES:
+        return 0
+    is_sum = _are_sums(now, own, others)
+    if without is not None:
+        without = without[:_MAX_COMPARED]
+        (rows,) = (without < len(others)).nonzero()
+        is_sum[rows, without[rows]] = False
+    is_own = _are_scaled(now, own).diagonal()
+    mixed = (is_sum.any(axis=1) | _are_spliced(now, own, others)) & ~is_own
+    return int(np.count_nonzero(mixed))
 
 
 def _are_comparable(now: Entries, before: Entries) -> bool:
@@ -84,37 +112,36 @@ def _are_scaled(now: Entries, before: Entries) -> Mask:
     return scaled
 
 
-def _are_sums(now: Entries, before: Entries) -> Mask:
-    """Find samples that are a multiple of themselves plus one of another sample.
+def _are_sums(now: Entries, own: Entries, others: Entries) -> Mask:
+    """Find pairs: sample i is a multiple of its own one plus one of another, ``(b, n)``.
 
     For each pair the two factors follow from least squares, which needs only scalar
     products.
     """
-    y, x = now.astype(np.float64), before.astype(np.float64)
+    y, o, x = (part.astype(np.float64) for part in (now, own, others))
     with np.errstate(all="ignore"):  # equal samples, zeros, infinite entries
-        squares, products = (x * x).sum(axis=1), x @ x.T
-        with_own, with_all = (y * x).sum(axis=1)[:, None], y @ x.T
+        squares, own_squares = (x * x).sum(axis=1), (o * o).sum(axis=1)[:, None]
+        products, with_all = o @ x.T, y @ x.T
+        with_own = (y * o).sum(axis=1)[:, None]
         lengths = (y * y).sum(axis=1)[:, None]
-        determinant = squares[:, None] * squares - products**2
-        own = (with_own * squares - with_all * products) / determinant
-        other = (with_all * squares[:, None] - with_own * products) / determinant
-        rest = lengths - own * with_own - other * with_all
-        is_sum = (rest <= _CLOSE**2 * lengths) & (determinant > 0)
-    np.fill_diagonal(is_sum, False)
-    found: Mask = is_sum.any(axis=1)
-    return found
+        determinant = own_squares * squares - products**2
+        of_own = (with_own * squares - with_all * products) / determinant
+        of_other = (with_all * own_squares - with_own * products) / determinant
+        rest = lengths - of_own * with_own - of_other * with_all
+        is_sum: Mask = (rest <= _CLOSE**2 * lengths) & (determinant > 0)
+    return is_sum
 
 
-def _are_spliced(now: Entries, before: Entries) -> Mask:
+def _are_spliced(now: Entries, own: Entries, others: Entries) -> Mask:
     """Find samples with some of their own entries and the rest of another sample.
 
     Entries that all have one value may have been erased, and are not counted.
     """
-    is_other = now != before
+    is_other = now != own
     num_other = is_other.sum(axis=1)
     spliced = np.zeros(len(now), dtype=np.bool_)
     for i in np.flatnonzero((num_other > 1) & (num_other < now.shape[1])):
         rest = now[i, is_other[i]]
         if (rest != rest[0]).any():
-            spliced[i] = (before[:, is_other[i]] == rest).all(axis=1).any()
+            spliced[i] = (others[:, is_other[i]] == rest).all(axis=1).any()
     return spliced

@@ -67,6 +67,7 @@ from opacus_pi.attribution.causes import (
     PASSES_DISAGREE,
     REPEATED,
     ROWS_IN_MODEL,
+    ROWS_OF_OTHERS,
     SHARED_INPUT,
     TAKEN_OVER,
     TRUSTED,
@@ -94,6 +95,7 @@ from opacus_pi.attribution.inputs_beside import InputsBeside
 from opacus_pi.attribution.item_contents import ItemContents
 from opacus_pi.attribution.lookalikes import OrderSoFar, alike_of, rows_of_all
 from opacus_pi.attribution.model_inputs import SharedRows
+from opacus_pi.attribution.rows_of_others import RowsOfOthers
 from opacus_pi.attribution.samples import is_dense, tensors_in
 from opacus_pi.attribution.skipped_batches import SkippedBatches
 from opacus_pi.custody import Chain, SampleCounts
@@ -241,6 +243,7 @@ class Tracker:
         self._bound: deque[weakref.ref[ForwardPass]] = deque(maxlen=_MAX_RECENT)
         self._beside = InputsBeside(self.batch_dim)
         self._sizes = InputSizes(self.batch_dim)
+        self._others = RowsOfOthers(self.batch_dim)
         self._shared_rows, self._order = SharedRows(), OrderSoFar()
         self.contents = ItemContents()
         self._entered: list[Delivery] = []
@@ -371,7 +374,8 @@ class Tracker:
     ) -> None:
         """Look for inputs of a pass that may depend on other examples.
 
-        They have no row for each example, or sizes that the loop computed.
+        They have no row for each example, sizes that the loop computed, or entries of
+        other examples.
 
         Args:
             forward: The pass.
@@ -383,6 +387,9 @@ class Tracker:
             forward.notes = (*forward.notes, SHARED_INPUT)
         if self._sizes.saw(forward, given):
             forward.notes = (*forward.notes, CUT_INPUT)
+        has_moved = self._order.has_moved
+        if self._others.saw(forward, given, self._recent, has_moved=has_moved):
+            forward.notes = (*forward.notes, ROWS_OF_OTHERS)
 
     def awaiting_backward(self) -> list[ForwardPass]:
         """Return the recent passes from which a loss may still be computed."""
@@ -666,6 +673,8 @@ class Tracker:
             self._note(SHARED_INPUT, num)
         if CUT_INPUT.name not in self.causes and self._sizes.are_doubtful:
             self._note(CUT_INPUT, num)
+        if ROWS_OF_OTHERS.name not in self.causes and self._others.are_found:
+            self._note(ROWS_OF_OTHERS, num)
 
     def _report_unknown(self, chain: Chain) -> None:
         """Report what is assumed of samples whose example is not known."""
