@@ -11,6 +11,9 @@ error names ``opacus_pi.compatible.make_compatible`` as the remedy.
 A forward pass without a backward pass leaves Opacus waiting, and later steps fail with
 errors about missing gradients or shared parameters. So does activation checkpointing,
 which calls layers again during the backward pass. The note names the possible causes.
+Ghost clipping allows one call of each layer before a backward pass. If outputs of an
+earlier forward pass still wait for theirs, or if the first forward pass of the model
+already fails, the note names this cause alone.
 
 >>> model = nn.ModuleDict({"words": nn.Linear(2, 1), "position": nn.Linear(2, 1)})
 >>> parameters = dict(model.named_parameters())
@@ -34,6 +37,7 @@ from opacus_pi._torch_compat import (
     current_backward_pass,
     forward_hooks,
 )
+from opacus_pi.attribution.forward_probe import ForwardProbe
 from opacus_pi.integration.opacus_compat import (
     keep_handle,
     module_of,
@@ -82,6 +86,17 @@ _CALLED_IN_BACKWARD = (
     "A layer was called again during the backward pass, as activation checkpointing "
     "does (torch.utils.checkpoint, gradient checkpointing). Ghost clipping allows one "
     'call of each layer. Use grad_sample_mode="fast", or train without checkpointing.'
+)
+_TWO_PASSES = (
+    "The model was called again while the outputs of an earlier forward pass still "
+    "exist, and no backward pass has run for them. Ghost clipping allows one forward "
+    "pass for each backward pass. If both enter one loss, use "
+    'grad_sample_mode="hooks" or "fast". If the earlier one needs no gradients, make '
+    "it under torch.no_grad() or in evaluation mode."
+)
+_CALLED_TWICE = (
+    "The model calls a layer more than once in one forward pass. Ghost clipping allows "
+    'one call of each layer. Use grad_sample_mode="hooks" or "fast".'
 )
 _TYING = "Parameter tying"  # of Opacus's error for parameters that are called twice
 _EXPANDED_INDICES = (
@@ -219,23 +234,57 @@ def explain_forward_errors(hooks: AbstractGradSampleHooks) -> None:
             Removing its hooks removes this one, too.
     """
     root = module_of(hooks)
-    if _explain_forward not in forward_hooks(root).values():
-        handle = root.register_forward_hook(_explain_forward, always_call=True)
+    table = forward_hooks(root).values()
+    if not any(isinstance(hook, _ExplainsForward) for hook in table):
+        handle = root.register_forward_hook(_ExplainsForward(), always_call=True)
         keep_handle(root, handle)
 
 
-def _explain_forward(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-    """Add a note; a forward hook with ``always_call``.
+class _ExplainsForward:
+    """Adds a note to errors of forward passes; a forward hook with ``always_call``.
 
     Torch calls such a hook also while an error of the forward pass is being raised.
     """
-    error = sys.exc_info()[1]
-    if isinstance(error, RuntimeError) and BACKWARD_HOOK_FUNCTION in str(error):
-        add_note(error, _IN_PLACE)
-    elif isinstance(error, NotImplementedError) and _TYING in str(error):
-        is_in_backward = current_backward_pass() >= 0  # whose loss adds the note
-        if not (is_in_backward or _has_shared_parameters(module)):
+
+    def __init__(self) -> None:
+        self._is_first = True  # no forward pass has left calls that wait
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """Look at the error of a forward pass that has just ended, if there is one."""
+        error = sys.exc_info()[1]
+        if isinstance(error, RuntimeError) and BACKWARD_HOOK_FUNCTION in str(error):
+            add_note(error, _IN_PLACE)
+        elif isinstance(error, NotImplementedError) and _TYING in str(error):
+            is_in_backward = current_backward_pass() >= 0  # whose loss adds the note
+            if not (is_in_backward or _has_shared_parameters(module)):
+                self._explain_calls(error, module)
+        self._is_first = False
+
+    def _explain_calls(self, error: Exception, module: nn.Module) -> None:
+        """Say which calls came before the one that ghost clipping refuses.
+
+        Args:
+            error: Opacus's, changed in place.
+            module: The user's model.
+        """
+        if self._is_first:
+            add_note(error, _CALLED_TWICE)
+        elif _has_waiting_pass(module):
+            add_note(error, _TWO_PASSES)
+        else:
             explain_unfinished(error, module.parameters())
+
+
+def _has_waiting_pass(module: nn.Module) -> bool:
+    """Return whether outputs of a forward pass exist that had no backward pass.
+
+    Args:
+        module: The user's model.
+    """
+    probes = [h for h in forward_hooks(module).values() if isinstance(h, ForwardProbe)]
+    trackers = [probe.tracker for probe in probes if probe.tracker is not None]
+    passes = [f for tracker in trackers for f in tracker.awaiting_backward()]
+    return any(not f.clipped for f in passes)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -89,6 +89,35 @@ def test_the_error_says_that_a_pass_had_no_backward_pass(mode, before):
     assert "had no backward pass" in notes[-1] and "half-way" in notes[-1]
 
 
+class Twice(nn.Module):
+    """Calls its layers twice in one forward pass."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x) + self.net(2 * x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ghost_clipping_names_the_pass_that_waits_for_its_backward_pass():
+    run, kept = Run("ghost"), []
+    with pytest.raises(NotImplementedError) as found:
+        run.epoch(lambda run, x: kept.append(run.model(x)))
+    (note,) = getattr(found.value, "__notes__", found.value.args[1:])
+    assert "outputs of an earlier forward pass still exist" in note
+    assert "half-way" not in note and "checkpointing" not in note
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ghost_clipping_names_a_model_that_calls_a_layer_twice():
+    with pytest.raises(NotImplementedError) as found:
+        Run("ghost", Twice).epoch()
+    (note,) = getattr(found.value, "__notes__", found.value.args[1:])
+    assert "calls a layer more than once" in note and "half-way" not in note
+
+
 class Checkpointed(nn.Module):
     """Its first layers are called again during the backward pass."""
 
