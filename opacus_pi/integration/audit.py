@@ -65,6 +65,7 @@ from opacus_pi.models.batches import (
     rows_of,
     to_device,
 )
+from opacus_pi.models.live_modules import uncalled_by_criterion
 from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording import Recorder
 
@@ -166,8 +167,8 @@ def audit_batch(
 
     Raises:
         ValueError: If the batch has fewer than two examples, the mode leaves the
-            gradients to the training loop, or a copy of the model computes with the
-            parameters of the original.
+            gradients to the training loop, a copy of the model computes with the
+            parameters of the original, or the criterion calls the model.
     """
     expect(
         run.mode != "no_op",
@@ -187,8 +188,8 @@ def audit_batch(
         "Pass a larger batch: one example alone does not show whether examples "
         "influence each other.",
     )
-    loss = TrainedLoss(criterion, run)
-    with measuring():
+    with measuring(), uncalled_by_criterion(model):
+        loss = TrainedLoss(criterion, run)
         expected = norms_of_copy(model, loss, x, y, run)
 
         def norms_of(places: Sequence[int]) -> Tensor:

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import is_grad_enabled, nn
 
 from opacus_pi._torch_compat import FORWARD_HOOK_TABLES
 from opacus_pi.models.batches import floating
@@ -39,7 +39,19 @@ from opacus_pi.models.copies import (
     unwrap,
 )
 
-__all__ = ["LiveModules", "hidden_from_opacus", "own_parameters_only"]
+__all__ = [
+    "LiveModules",
+    "hidden_from_opacus",
+    "own_parameters_only",
+    "uncalled_by_criterion",
+]
+
+_CALLED = (
+    "The criterion calls the model, or a layer of it. An audit runs copies of both, so "
+    "it cannot compare the gradients of such a call. Call the model in the training "
+    "loop, and audit a criterion that is computed from its outputs: "
+    "criterion(model(x), y)."
+)
 
 
 class LiveModules:
@@ -102,6 +114,37 @@ def own_parameters_only(copied: nn.Module, live: LiveModules) -> Iterator[None]:
     finally:
         hidden.close()  # after a pass that raised an error
         remove()
+
+
+@contextmanager
+def uncalled_by_criterion(model: nn.Module) -> Iterator[None]:
+    """Context in which a criterion may hold a model, but must not call it.
+
+    Copies of the criterion that are made in this context must not call their copy of
+    the model either. Copies of the model itself, as ``copies`` makes them, may be
+    called.
+
+    Args:
+        model: Plain or wrapped.
+
+    Raises:
+        ValueError: In a call with gradients of a layer of the model.
+    """
+    handles = [
+        module.register_forward_pre_hook(_refuse_gradients)
+        for module in unwrap(model).modules()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_gradients(*_: Any) -> None:
+    """Raise in a pass with gradients; a hook that runs before a forward pass."""
+    if is_grad_enabled():
+        raise ValueError(_CALLED)
 
 
 @contextmanager

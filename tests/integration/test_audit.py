@@ -531,3 +531,58 @@ def test_the_model_is_not_blamed_for_a_hook_on_gradients():
     found = opacus_pi.audit(model, nn.CrossEntropyLoss(), data_set()[:8])
     assert found["norms"].passed is False and found["model"].passed is True
     assert "or a hook changes gradients" in found["norms"].sentence
+
+
+class HoldsModel(nn.Module):
+    """A criterion with the model: in an attribute, a list, or with its wrapper."""
+
+    def __init__(self, held, uses):
+        super().__init__()
+        self.held, self.uses = held, uses
+
+    def forward(self, outputs, y):
+        model = self.held[0] if isinstance(self.held, list) else self.held
+        return F.cross_entropy(outputs, y) + self.uses(model, y)
+
+
+def second_pass(model, y):
+    return model(torch.zeros(len(y), 5)).square().mean()
+
+
+HOLDERS = {
+    "module": lambda net, wrapped: HoldsModel(net, second_pass),
+    "wrapped": lambda net, wrapped: HoldsModel(wrapped, second_pass),
+    "in a list": lambda net, wrapped: HoldsModel([net], second_pass),
+    "function": lambda net, wrapped: (
+        lambda outputs, y: F.cross_entropy(outputs, y) + second_pass(net, y)
+    ),
+    "a layer": lambda net, wrapped: HoldsModel(net[0], second_pass),
+}
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "ghost"])
+@pytest.mark.parametrize("held", HOLDERS)
+def test_a_criterion_that_calls_the_model_is_refused_with_one_error(mode, held):
+    model = net()
+    engine, (wrapped, optimizer, loader) = prepared(mode, model)
+    hooks = [dict(module._forward_pre_hooks) for module in model.modules()]
+    with pytest.raises(ValueError, match="criterion calls the model.*Call the model"):
+        engine.audit(HOLDERS[held](model, wrapped))
+    assert [dict(module._forward_pre_hooks) for module in model.modules()] == hooks
+    x, y = next(iter(loader))
+    F.cross_entropy(wrapped(x), y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "uses",
+    [
+        lambda model, y: 1e-3 * sum(p.square().sum() for p in model.parameters()),
+        lambda model, y: 0.0 * len(list(model.children())),
+        lambda model, y: torch.no_grad()(second_pass)(model, y) * 0,
+    ],
+)
+def test_a_criterion_that_holds_the_model_is_audited(uses):
+    model = net()
+    engine, _ = prepared("hooks", model)
+    assert engine.audit(HoldsModel(model, uses)).passed
