@@ -156,9 +156,7 @@ class _Compared:
         is_own: Whether each sample of the input is the one at its position.
     """
 
-    def __init__(
-        self, rows: Tensor, positions: Indices, own: DelayedChecksums
-    ) -> None:
+    def __init__(self, rows: Tensor, positions: Indices, own: DelayedChecksums) -> None:
         num_parts = rows[0].numel() // own.width
         num = max(1, min(len(rows), _MAX_ENTRIES // num_parts))
         self._own, self._positions = own, positions[:num]

@@ -2,7 +2,8 @@
 
 Opacus stacks the norms of all parameters. A parameter that is used on one row for the
 whole batch, such as a position embedding, has one gradient instead of one for each
-example, and ``torch.stack`` fails without naming it. The error keeps its type; the note
+example, and a layer that is given all nodes of a graph has one for each node. Then
+``torch.stack`` fails without naming the parameters. The error keeps its type; the note
 is added to it.
 
 Torch refuses to overwrite the output of a layer with backward hooks. The note on this
@@ -68,6 +69,14 @@ _UNUSUAL_NUMBERS = (
     '(requires_grad_(False)), or try grad_sample_mode="fast", which works if '
     "torch.func.vmap can run the model."
 )
+_OTHER_ROWS = (
+    "Every parameter needs one gradient per example, but a layer has one for each row "
+    "that it is given, and these numbers differ: {counts}. This happens if some layers "
+    "are given all nodes of a graph and others only those of the batch, or if the "
+    "model makes several rows of an example. Give each layer one row for each example, "
+    'or try grad_sample_mode="fast", which works if torch.func.vmap can run the model '
+    "for each example alone."
+)
 _FROZEN_SINCE = (
     "Parameters were frozen (requires_grad_(False)) after make_private. Ghost clipping "
     "still adds their gradient norms, which are those of an earlier batch. Call "
@@ -106,6 +115,7 @@ _EXPANDED_INDICES = (
     "position_ids=torch.arange(length)), or freeze these embeddings "
     "(requires_grad_(False))."
 )
+_SIZES_ERROR = "must match the size of tensor"  # torch's, for losses and clip factors
 _VIEW_ERROR = "view size is not compatible"  # torch's, for indices that are expanded
 
 
@@ -120,10 +130,21 @@ def explain_numbers_of_gradients(
         counts: How many per-example gradients each parameter has.
     """
     unusual = unusual_numbers(model, counts)
-    if unusual:
-        listed = ", ".join(f"{name!r} ({count})" for name, count in unusual.items())
+    if unusual and set(unusual.values()) == {1}:
+        shown = ", ".join(f"{name!r} ({count})" for name, count in unusual.items())
         size = _usual_number(counts)
-        add_note(error, _UNUSUAL_NUMBERS.format(size=size, unusual=listed))
+        add_note(error, _UNUSUAL_NUMBERS.format(size=size, unusual=shown))
+    elif unusual:
+        add_note(error, _OTHER_ROWS.format(counts=_shown(model, counts)))
+
+
+def _shown(model: nn.Module, counts: Mapping[nn.Parameter, int]) -> str:
+    """Return the numbers of gradients, each with the first parameters that have it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in unwrap(model).named_parameters():
+        if parameter in counts:
+            names.setdefault(counts[parameter], []).append(name)
+    return "; ".join(f"{num} for {listed(names[num])}" for num in sorted(names))
 
 
 def explain_unfinished(error: Exception, parameters: Iterable[nn.Parameter]) -> None:
@@ -190,19 +211,21 @@ def _explained_loss(base: type) -> type:
             try:
                 super().backward()
             except RuntimeError as error:
-                _explain_backward(error, module_of(self.module))
+                num_losses = self.loss_per_sample.numel()
+                _explain_backward(error, module_of(self.module), num_losses)
                 raise
 
     return Loss
 
 
-def _explain_backward(error: RuntimeError, model: nn.Module) -> None:
+def _explain_backward(error: RuntimeError, model: nn.Module, num_losses: int) -> None:
     """Explain an error of ghost clipping by the norms that it left at the parameters.
 
     Args:
         error: The error, changed in place.
         model: The user's model. The backward pass has stored norms at some of its
             parameters before it failed; their lengths show which of them differ.
+        num_losses: How many examples the criterion returned losses of.
     """
     parameters = list(model.parameters())
     norms = zip(parameters, norms_of_parameters(parameters), strict=True)
@@ -213,6 +236,9 @@ def _explain_backward(error: RuntimeError, model: nn.Module) -> None:
         add_note(error, _CALLED_IN_BACKWARD)
     elif _VIEW_ERROR in str(error):
         add_note(error, _EXPANDED_INDICES)
+    elif _SIZES_ERROR in str(error) and set(counts.values()) - {num_losses}:
+        shown = f"{_shown(model, counts)}; {num_losses} losses of the criterion"
+        add_note(error, _OTHER_ROWS.format(counts=shown))
     elif counts:
         explain_numbers_of_gradients(error, model, counts)
 

@@ -188,7 +188,7 @@ def test_delivered_samples_along_another_dimension_are_not_said(is_copied):
     tracker._note = lambda cause, num: said.append(cause.name)
     for n in range(6):
         x, state = torch.randn(4, 3), torch.randn(4, 1, 2)
-        tracker.delivered(range(4 * n, 4 * n + 4), (x, state))
+        tracker.delivered(list(range(4 * n, 4 * n + 4)), (x, state))
         turned = state.transpose(0, 1)
         turned = turned.clone() if is_copied else turned
         forward = tracker.bind((x, turned))

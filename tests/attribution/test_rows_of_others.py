@@ -250,7 +250,10 @@ def test_it_is_found_after_11_batches_and_if_it_begins_late_after_6():
     assert early == [False] * 10 + [True] * 2
     count = iter(range(100))
     late = passes(
-        Tracker(), lambda i: drawn(i) if next(count) >= 20 else of_all(i), [20] * 30, 300
+        Tracker(),
+        lambda i: drawn(i) if next(count) >= 20 else of_all(i),
+        [20] * 30,
+        300,
     )
     assert list(late).index(True) <= 27
 

@@ -84,6 +84,52 @@ def test_the_parameter_and_the_remedies_are_named(mode, options):
     assert 'try grad_sample_mode="fast", which works if' in note
 
 
+class Graph(nn.Module):
+    """A graph convolution over all nodes, and a layer for some of them or for all."""
+
+    def __init__(self, *, is_last):
+        super().__init__()
+        self.convolved, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.register_buffer("nodes", torch.randn(30, 4))
+        self.register_buffer("adjacency", torch.softmax(torch.randn(30, 30), 1))
+        self.is_last = is_last
+
+    def forward(self, chosen):
+        nodes = self.adjacency @ self.convolved(self.nodes)
+        if self.is_last:
+            return self.head(nodes)[chosen]
+        return self.head(nodes[chosen])
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_last"),
+    [("hooks", False), ("functorch", False), ("ghost", False), ("ghost", True)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_are_given_all_nodes_of_a_graph_are_explained(mode, is_last):
+    criterion, model = nn.CrossEntropyLoss(), Graph(is_last=is_last)
+    model, optimizer, *ghost, loader = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.arange(30)), batch_size=6),
+        criterion=criterion,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode=mode,
+        poisson_sampling=False,
+    )
+    (chosen,) = next(iter(loader))
+    with pytest.raises(RuntimeError) as error:
+        (ghost or [criterion])[0](model(chosen), chosen % 3).backward()
+        optimizer.step()
+    (note,) = getattr(error.value, "__notes__", error.value.args[1:])
+    assert "all nodes of a graph" in note and "position" not in note
+    if is_last:
+        assert note.count("30 for") == 1 and "6 losses of the criterion" in note
+    else:
+        assert "6 for 'head.weight', 'head.bias'; 30 for 'convolved.weight'" in note
+
+
 class Typed(Tagger):
     """Token types that are one row spread over the batch, as BERT makes them."""
 
