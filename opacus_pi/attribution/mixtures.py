@@ -113,7 +113,7 @@ def _are_scaled(now: Entries, before: Entries) -> Mask:
 
 
 def _are_sums(now: Entries, own: Entries, others: Entries) -> Mask:
-    """Find pairs: sample i is a multiple of its own one plus one of another, ``(b, n)``.
+    """Find pairs ``(b, n)``: a sample is a multiple of its own one plus one of another.
 
     For each pair the two factors follow from least squares, which needs only scalar
     products.
