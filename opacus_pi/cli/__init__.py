@@ -10,8 +10,11 @@ runs.
 | ``parser`` | parses a command line, with errors of one line |
 | ``commands``, ``log_commands`` | declare the commands, and the actions of ``log`` |
 | ``arguments``, ``declarations``, ``methods`` | what these are declared with |
+| ``no_effect`` | which options are refused because they would change nothing |
 | ``inputs``, ``imports`` | load the files and objects that the arguments name |
+| ``owners`` | reads which examples a request, or a person, is about |
 | ``sets`` | cuts forget, retain and test set in the same way for all commands |
+| ``said_once`` | prints warnings as lines |
 | ``output`` | prints text or JSON, formats tables |
 | ``submission`` | enters requests in a deletion log, for ``unlearn`` and ``log`` |
 | ``recorded_weights`` | refuses a ledger of other weights |

@@ -39,7 +39,8 @@ FORGET_PERSON = replace(
     ),
     is_choice=True,
 )
-OWNERS = option("--owners", "FILE.json", 'positions by person: {"p03": [3, 17]}')
+OWNERS = option("--owners", "FILE.json", "positions by person, of a named data set")
+ONLY = option("--only", "IDS|FILE", "of the person's examples only these")
 ORDER = option("--order", "X", "Rényi order, above 1", float, 8.0)
 SIGMA = option(
     "--sigma",
@@ -52,9 +53,7 @@ DELTA = option("--delta", "X", "δ of every ε", probability, 1e-5)
 TOLERANCE = option(
     "--tolerance",
     "X",
-    "save time: round losses and ε up, by at most this relative error; default: 1e-3 "
-    "for a run with more than 16,384 norms (rows times examples), else 0, which is "
-    "exact",
+    "round up by at most this relative error (default: 1e-3 of large runs)",
     float,
 )
 TOP = partial(option, "--top", "N", "number of hardest examples to list", whole_number)
@@ -62,7 +61,7 @@ BATCH_SIZE = option("--batch-size", "N", "examples in a batch", whole_number, 64
 MODEL = option(
     "--model",
     "M:NAME",
-    "import path of the model, or of a function making it",
+    "import path of the model, or its function",
     required=True,
 )
 WEIGHTS = option("--weights", "FILE", "state dict, .safetensors or .pt", required=True)
@@ -70,7 +69,7 @@ DEVICE = option("--device", "NAME", "cpu, cuda, cuda:1, ...", default="cpu")
 DATA = option(
     "--data",
     "M:NAME",
-    "import path of the training set, or of its function",
+    "import path of the training set, or its function",
     dest="train_set",
     required=True,
 )
@@ -80,13 +79,14 @@ TEST = option(
 CRITERION = option(
     "--criterion",
     "M:NAME",
-    "import path of the loss",
+    "import path of the loss (default cross-entropy)",
+).but(
     default="torch.nn:CrossEntropyLoss",
 )
 SEED = option(
     "--seed",
     "N",
-    "seed of all noise; keep it secret (default: random)",
+    "seed of all noise, a secret (default: random)",
     int,
 )
 METHOD = option(
@@ -127,7 +127,7 @@ JSON_FILE = option(
 CSV = option(
     "--csv",
     "FILE.csv",
-    "write loss, ε and upper limit of every example here, for a spreadsheet",
+    "write the values of every example here",
     writable_file,
 )
 TRACEBACK = switch("--traceback", "show where an error occurred")

@@ -24,6 +24,7 @@ from opacus_pi.cli.arguments import (
     LOG,
     METHOD,
     MODEL,
+    ONLY,
     ORDER,
     OWNERS,
     POLICY,
@@ -39,12 +40,20 @@ from opacus_pi.cli.arguments import (
 from opacus_pi.cli.declarations import (
     Command,
     new_directory_name,
+    number_of_examples,
     option,
     switch,
     whole_number,
     writable_file,
 )
 from opacus_pi.cli.log_commands import LOG_COMMAND
+from opacus_pi.cli.no_effect import (
+    OF_EVALUATE,
+    OF_PLAN,
+    OF_REPORT,
+    OF_SCORE,
+    OF_UNLEARN,
+)
 
 COMMANDS = {
     "audit": Command(
@@ -52,34 +61,32 @@ COMMANDS = {
         usage="--model M:NAME --data M:NAME [options]",
         description="""\
 Compare what private training would record for a batch with the gradients of its
-examples one by one. Also tested: whether the loss is the mean of the examples' own
-losses, and whether an output depends on its own example only. Nothing is trained.
-
-Exit code 0: no comparison failed. 1: one failed; its line says what to do.""",
+examples one by one. Also tested: whether the loss is the mean of the examples'
+own losses, and whether an output depends on its own example only. Nothing is
+trained. Exit code 1: a comparison failed; its line says what to do.""",
         examples="""\
-  opacus-pi audit --model my_project:build --data my_project:train_set
   opacus-pi audit --model my_project:build --data my_project:train_set \\
-      --criterion torch.nn:CrossEntropyLoss --mode fast --examples 32""",
+      --mode fast --examples 32""",
         arguments=(
             MODEL,
             WEIGHTS.but(
                 required=False,
-                help="state dict (default: the weights that the model is built with)",
+                help="state dict (default: as the model is built)",
             ),
             DATA,
             CRITERION,
             option(
                 "--mode",
                 "NAME",
-                "grad_sample_mode of make_private: hooks, fast, functorch or ghost",
+                "hooks, fast, functorch or ghost",
                 default="hooks",
                 choices=("hooks", "fast", "functorch", "ghost"),
             ),
             option(
                 "--examples",
                 "N",
-                "examples to compare, at most 32",
-                whole_number,
+                "examples to compare, from 2 to 32",
+                number_of_examples,
                 16,
                 dest="num_examples",
             ),
@@ -93,13 +100,12 @@ Exit code 0: no comparison failed. 1: one failed; its line says what to do.""",
         usage="LEDGER [LEDGER ...] [options]",
         description="""\
 Compute the Rényi privacy loss and (ε, δ) of every example from the ledger of a
-training. The values of single examples are estimates; only the worst case is a bound.
-An example with a higher loss changed the model more and is expected to be harder to
-forget. If training added no noise, assume one (--sigma): this ranks the examples and
-gives no ε. The output reveals which examples are unusual: protect it like the data.""",
+training. Values of single examples are estimates; only the worst case is a
+bound. A higher loss: expected to be harder to forget. If training added no
+noise, assume one (--sigma): this ranks, and gives no ε. The output is
+sensitive: it reveals which examples are unusual.""",
         examples="""\
-  opacus-pi score ledger.safetensors
-  opacus-pi score run1.safetensors run2.safetensors --order 8 --delta 1e-5
+  opacus-pi score run1.safetensors run2.safetensors --delta 1e-5
   opacus-pi score ledger.safetensors --owners owners.json
   opacus-pi score plain_sgd.safetensors --sigma 1 --top 50 --csv scores.csv""",
         arguments=(
@@ -109,24 +115,22 @@ gives no ε. The output reveals which examples are unusual: protect it like the 
             DELTA,
             TOLERANCE,
             TOP(10),
-            OWNERS.but(help='rank persons, too; positions by person: {"p03": [3, 17]}'),
+            OWNERS.but(help="rank persons, too: positions by person"),
             JSON,
             JSON_FILE,
             CSV,
         ),
+        no_effect=OF_SCORE,
     ),
     "plan": Command(
         summary="difficulty, steps and kind of guarantee of a forget set",
         usage="LEDGER [LEDGER ...] --forget IDS|FILE [options]",
         description="""\
 Predict what forgetting a set will take; nothing is trained. The plan gives the
-percentile of the set's mean privacy loss among all examples, the number of steps that
-past runs predict (--past), and, if the architecture is named (--model), what may be
-claimed afterwards. With the saved states of the training (--checkpoints) it also says
-how far a rewind goes back, what it costs, and what it proves. If there were deletion
-requests before, name their log (--log): the guarantee then covers all requests.""",
+set's mean privacy loss as a percentile, the steps that past runs predict, and
+with --model what may be claimed afterwards. With --checkpoints it says how far
+a rewind goes back, what it costs and proves. --log adds earlier requests.""",
         examples="""\
-  opacus-pi plan ledger.safetensors --forget 17
   opacus-pi plan ledger.safetensors --forget 5 --past 200=0.5 --past 232=12
   opacus-pi plan ledger.safetensors --forget 17 --model my_project:build \\
       --checkpoints states --policy
@@ -136,6 +140,7 @@ requests before, name their log (--log): the guarantee then covers all requests.
             FORGET,
             FORGET_PERSON,
             OWNERS,
+            ONLY,
             ORDER,
             SIGMA,
             DELTA,
@@ -156,15 +161,15 @@ requests before, name their log (--log): the guarantee then covers all requests.
             JSON,
             JSON_FILE,
         ),
+        no_effect=OF_PLAN,
     ),
     "unlearn": Command(
         summary="forget a set of training examples",
-        usage="--model M --weights FILE --data M --forget IDS --out DIR [options]",
+        usage="--model M --weights F --data M --forget IDS --out DIR",
         description="""\
-Fine-tune a model on the other examples by a method, or with --checkpoints go back to a
-saved state and repeat the training without the forget set. DIR gets weights, record,
-trace (needs --test) and guarantee (stronger with --ledger). --log enters the request in
-a tamper-evident log first: after a crash, repeat the command.""",
+Fine-tune a model on the other examples, or with --checkpoints go back to a
+saved state and repeat the training without the forget set. --log enters the
+request in a tamper-evident log first: after a crash, repeat the command.""",
         examples="""\
   opacus-pi unlearn --model my_project:build --weights model.safetensors \\
       --data my_project:train_set --forget 3,17 --out forgotten""",
@@ -175,15 +180,16 @@ a tamper-evident log first: after a crash, repeat the command.""",
             FORGET,
             FORGET_PERSON,
             OWNERS,
+            ONLY,
             option(
                 "--out",
                 "DIR",
-                "new directory to write",
+                "new directory: weights, record, trace, guarantee",
                 new_directory_name,
                 required=True,
             ),
             TEST,
-            CRITERION.but(help="import path of the loss (default cross-entropy)"),
+            CRITERION,
             DEVICE,
             SEED,
             METHOD,
@@ -207,23 +213,20 @@ a tamper-evident log first: after a crash, repeat the command.""",
             REQUEST_ID,
             JSON,
         ),
+        no_effect=OF_UNLEARN,
     ),
     "evaluate": Command(
         summary="metrics of a model, compared with retrained models",
-        usage="--model M:NAME --weights FILE --data M:NAME --test M:NAME\n"
-        "                          --forget IDS|FILE [options]",
+        usage="--model M --weights F --data M --test M --forget IDS",
         description="""\
-Compute a model's accuracy, loss, confidence and membership inference on the forget set,
-the retain set and the test set. Of the retain set, a part is used that is at most as
-large as the test set. The values to reach are those of models that were retrained
-without the forget set: name their weights (--oracle) to see them beside the model's,
-and the loss barriers to them.""",
+Compute a model's accuracy, loss, confidence and membership inference on forget
+set, retain set (a part as large as the test set) and test set. The values to
+reach are those of models retrained without the forget set: name their weights
+(--oracle) to see them beside the model's, and the loss barriers to them.""",
         examples="""\
-  opacus-pi evaluate --model my_project:build --weights forgotten/weights.safetensors \\
-      --data my_project:train_set --test my_project:test_set --forget ids.txt
-  opacus-pi evaluate --model my_project:build --weights forgotten/weights.safetensors \\
-      --data my_project:train_set --test my_project:test_set --forget ids.txt \\
-      --oracle retrained1.pt retrained2.pt --match --out forgotten/evaluation.json""",
+  opacus-pi evaluate --model my_project:build --data my_project:train_set \\
+      --weights forgotten/weights.safetensors --forget ids.txt \\
+      --test my_project:test_set --oracle retrained1.pt --match""",
         arguments=(
             MODEL,
             WEIGHTS,
@@ -232,21 +235,19 @@ and the loss barriers to them.""",
             FORGET,
             FORGET_PERSON,
             OWNERS,
-            LOG.but(
-                help="deletion log of the model; examples of earlier requests are not "
-                "in the retain set, and may have been erased from --data"
-            ),
+            ONLY,
+            LOG.but(help="deletion log: its examples are not in the retain set"),
             option(
                 "--oracle",
                 "WEIGHTS",
-                "state dicts of models retrained without the forget set; repeatable",
+                "weights of models retrained without the forget set",
                 default=[],
                 nargs="+",
                 action="extend",
             ),
             switch(
                 "--match",
-                "with --oracle: match hidden units before measuring loss barriers",
+                "match hidden units before measuring loss barriers",
             ),
             CRITERION,
             DEVICE,
@@ -256,21 +257,19 @@ and the loss barriers to them.""",
             JSON,
             JSON_FILE,
         ),
+        no_effect=OF_EVALUATE,
     ),
     "report": Command(
         summary="one self-contained HTML page, and JSON, about a run",
-        usage="[RUN_DIR] --ledger LEDGER [LEDGER ...] --out FILE.html [options]",
+        usage="[RUN_DIR] --ledger LEDGER ... --out FILE.html [options]",
         description="""\
-Write the distributions of ε and loss, the hardest examples (ids only), the strata, the
-unlearning run beside retrained models, and the guarantee with its assumptions as one
-HTML file without links to other files, and the same facts as JSON beside it. Existing
-files of these names are overwritten. RUN_DIR is the directory that 'opacus-pi unlearn
---out' wrote; without it the report covers the training alone.""",
+Write the distributions of ε and loss, the hardest examples (ids only), the
+unlearning run beside retrained models, and the guarantee with its assumptions
+as one HTML file, and the same facts as JSON beside it. Existing files of these
+names are overwritten. Without RUN_DIR the report covers the training alone.""",
         examples="""\
   opacus-pi report --ledger ledger.safetensors --out report.html
-  opacus-pi report forgotten --ledger ledger.safetensors --out report.html
-  opacus-pi report forgotten --ledger ledger.safetensors \\
-      --evaluation forgotten/evaluation.json --out report.html""",
+  opacus-pi report forgotten --ledger ledger.safetensors --out report.html""",
         arguments=(
             option("run_dir", "RUN_DIR", "directory of an unlearning run", nargs="?"),
             LEDGERS_BY_FLAG.but(required=True),
@@ -280,8 +279,7 @@ files of these names are overwritten. RUN_DIR is the directory that 'opacus-pi u
             option(
                 "--evaluation",
                 "FILE.json",
-                "output of 'opacus-pi evaluate --out' (default "
-                "RUN_DIR/evaluation.json if it exists)",
+                "what evaluate wrote (default: that in RUN_DIR)",
             ),
             ORDER,
             SIGMA,
@@ -293,25 +291,24 @@ files of these names are overwritten. RUN_DIR is the directory that 'opacus-pi u
             ),
             JSON,
         ),
+        no_effect=OF_REPORT,
     ),
     "heads": Command(
         summary="accuracy and cost of heads that forget with a certificate",
         usage="--model M:NAME --data M:NAME --classes N [options]",
         description="""\
-Train a linear head with noise on the features of a frozen model, and say how accurate
-it is and how many more noisy steps it takes until an example or a set is forgotten with
-a certificate. The model must not have been trained on examples that you may have to
-forget. Nothing is written: to train a head that you release, see
-'Heads that forget with a certificate' in the documentation.""",
+Train a linear head with noise on the features of a frozen model. Say how
+accurate it is, and how many noisy steps it takes until an example or a set is
+forgotten with a certificate. The model must not have been trained on examples
+that you may have to forget. Nothing is written.""",
         examples="""\
-  opacus-pi heads --model my_project:features --data my_project:train_set --classes 10
   opacus-pi heads --model my_project:features --data my_project:train_set \\
-      --test my_project:test_set --classes 10 --head softmax --forget 3,17""",
+      --classes 10 --head softmax --forget 3,17""",
         arguments=(
             MODEL.but(help="import path of the frozen model, which returns features"),
             WEIGHTS.but(
                 required=False,
-                help="state dict (default: the weights that the model is built with)",
+                help="state dict (default: as the model is built)",
             ),
             DATA,
             TEST.but(help="import path of the test set, for the accuracy"),
@@ -326,14 +323,14 @@ forget. Nothing is written: to train a head that you release, see
             option(
                 "--head",
                 "NAME",
-                "ridge (exact ε) or softmax (upper bounds)",
+                "ridge or softmax",
                 default="ridge",
                 choices=("ridge", "softmax"),
             ),
             option(
                 "--noise-std",
                 "X",
-                "noise std of a step, on every weight (ridge 0.001, softmax 0.02)",
+                "noise std of a step (ridge 0.001, softmax 0.02)",
                 float,
             ),
             option(
@@ -352,7 +349,7 @@ forget. Nothing is written: to train a head that you release, see
             option(
                 "--epsilon",
                 "X",
-                "ε to reach, in both directions between unlearned and retrained",
+                "ε to reach, in both directions",
                 float,
                 1.0,
             ),
@@ -373,15 +370,13 @@ forget. Nothing is written: to train a head that you release, see
         usage="FILE [HEAD] [options]",
         description="""\
 Recognise the kind of a file from its content, and check that it is complete and
-unedited. In a deletion log, every entry's hash and its link to the entry before are
-checked. The links cannot show that the last entries were removed: keep the hash of the
-last entry (the head) elsewhere and pass it as HEAD. Ledgers, Gram ledgers, oracles,
-traces, guarantees, records of runs, recorded or unlearned weights and the ledger in a
-checkpoint have a checksum. Reports and answers have none: make them again and compare.
-A checksum finds damage and careless edits; it is not a signature.
+unedited: a deletion log by its chain of hashes, other files of opacus_pi by a
+checksum (reports and answers have none). The chain cannot show that the last
+entries were removed: keep the hash of the last entry (the head) elsewhere, and
+pass it as HEAD. A checksum finds damage and careless edits; it is no signature.
 
-Exit code 0: verified. 1: damaged or edited. 2: bad arguments, or no such file. 3: not
-checked: it is not an opacus_pi file, has no checksum or is too large.""",
+Exit code 0: verified. 1: damaged or edited. 2: bad arguments, or no such file.
+3: not checked: no file of opacus_pi, without a checksum, or too large.""",
         examples="""\
   opacus-pi verify ledger.safetensors
   opacus-pi verify deletions.db

@@ -43,6 +43,24 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class NoEffect:
+    """Options that would change nothing in some command lines, and are refused there.
+
+    Args:
+        flags: The options.
+        reason: Why they change nothing, and what to write instead.
+        beside: They change nothing beside this option, which may have a value:
+            ``"--method ssd"``.
+        without: They change nothing if this argument is missing.
+    """
+
+    flags: tuple[str, ...]
+    reason: str
+    beside: str = ""
+    without: str = ""
+
+
+@dataclass(frozen=True)
 class Command:
     """One command, or one action of a command.
 
@@ -52,6 +70,7 @@ class Command:
         description: What it does, in a few sentences.
         examples: Command lines that can be run.
         arguments: All arguments, in the order of the help.
+        no_effect: Which of them change nothing, and when.
         actions: If the command is a group, its actions by name; one must be named.
     """
 
@@ -60,6 +79,7 @@ class Command:
     description: str
     examples: str
     arguments: tuple[Argument, ...] = ()
+    no_effect: tuple[NoEffect, ...] = ()
     actions: Mapping[str, "Command"] = field(default_factory=dict)
 
 
@@ -131,6 +151,21 @@ def probability(text: str) -> float:
         number = math.nan
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return number
+
+
+def number_of_examples(text: str) -> int:
+    """Convert an argument to the number of examples of an audit.
+
+    Args:
+        text: The word on the command line.
+
+    Raises:
+        ArgumentTypeError: If an audit cannot compare as many.
+    """
+    number = whole_number(text)
+    if not 2 <= number <= 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 2 to 32")
     return number
 
 

@@ -26,10 +26,9 @@ from opacus_pi.cli.inputs import (
     import_data_set,
     import_train_set,
     load_model,
-    read_forget_set,
-    require_owners_of,
 )
 from opacus_pi.cli.output import answer, cell, table
+from opacus_pi.cli.owners import read_request
 from opacus_pi.cli.sets import Sets, make_sets, require_unseen
 from opacus_pi.evaluation import (
     aligned,
@@ -65,8 +64,7 @@ def run(options: argparse.Namespace) -> int:
     train_set, gone = import_train_set(options)
     test_set = import_data_set("--test", options.test_set)
     require_unseen(train_set, test_set, gone)
-    require_owners_of(options, lambda: fingerprint(train_set))
-    forget = read_forget_set(options)
+    forget, _ = read_request(options, lambda: fingerprint(train_set))
     criterion = import_criterion(options)
     sets = make_sets(train_set, test_set, forget, criterion, options.seed, gone)
     if not len(sets.forget):

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -30,11 +30,9 @@ from opacus_pi.files.torch_file import read_torch_file
 from opacus_pi.files.weights_file import read_plain_weights
 from opacus_pi.integration.checkpoints import ledger_in_checkpoint
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
-from opacus_pi.ledger.same_data import difference
 from opacus_pi.unlearning.erased_data import known_data_set
 from opacus_pi.unlearning.requests import remaining_by_log
 
-OWNERS_OF = "data_set"  # in a file of persons: the fingerprint of its data set
 _LEDGER_REMEDY = (
     "Write one with engine.ledger.save(path), or name a checkpoint of "
     "engine.save_checkpoint."
@@ -158,7 +156,7 @@ def read_indices(
             require_readable_once(text)
         if Path(text).suffix == ".npy":
             return _array_in(text)
-        content = text if listed else _text_of(Path(text).read_bytes(), text)
+        content = text if listed else text_of(Path(text).read_bytes(), text)
     cause: Exception | None = None
     words = [word for word in re.split(r"[\s,]+", content) if word]
     try:
@@ -201,7 +199,7 @@ def _array_in(path: str) -> NDArray[Any]:
     )
 
 
-def _text_of(content: bytes, path: str) -> str:
+def text_of(content: bytes, path: str) -> str:
     """Return a text in UTF-8, UTF-16 or UTF-32, without the mark at its beginning.
 
     Args:
@@ -219,198 +217,6 @@ def _text_of(content: bytes, path: str) -> str:
             "another kind of file. Save it as a text in UTF-8."
         ) from error
     return text.removeprefix("\ufeff")
-
-
-def read_forget_set(
-    options: argparse.Namespace,
-    owned: Mapping[str, NDArray[np.int64]] | None = None,
-) -> NDArray[np.int64]:
-    """Return the positions that ``--forget`` or ``--forget-person`` asks to forget.
-
-    Whether they are in the training set is checked where its length is known. Messages
-    about positions that come from ``--owners`` name that argument from here on.
-
-    Args:
-        options: With ``forget_indices``, ``forget_person`` and ``owners``. The parser
-            ensures that one of the first two is given; ``flags`` is replaced.
-        owned: What ``read_owned`` returned; None: it is called here.
-
-    Raises:
-        BadInput: If a file cannot be used, or as ``read_owned``.
-    """
-    if owned is None:
-        owned = read_owned(options)
-    if not owned:
-        return read_indices(options.forget_indices, or_persons=True)
-    options.flags = {
-        name: "--owners" if flag == "--forget" else flag
-        for name, flag in options.flags.items()
-    }
-    return np.unique(np.concatenate([*owned.values()]))
-
-
-def read_owned(options: argparse.Namespace) -> dict[str, NDArray[np.int64]]:
-    """Return the positions of each person that ``--forget-person`` names.
-
-    Args:
-        options: With ``forget_person`` and ``owners``.
-
-    Returns:
-        The positions by person, in the order of the command line; empty if no person is
-        named.
-
-    Raises:
-        BadInput: If the file cannot be used, a person is not in it or has no examples,
-            a person is named twice, or only one of ``--forget-person`` and ``--owners``
-            is given.
-    """
-    persons: list[str] = options.forget_person
-    if not persons:
-        if options.owners is not None:
-            raise BadInput(
-                "--owners: no person is named. Add --forget-person ID in place of "
-                "--forget."
-            )
-        return {}
-    if options.owners is None:
-        raise BadInput(
-            "--forget-person: no file lists the examples. Add --owners FILE.json."
-        )
-    if len(set(persons)) < len(persons):
-        raise BadInput("--forget-person: a person is named twice. Name each once.")
-    owners = read_owners(options.owners)
-    return {
-        person: np.sort(_examples_of(person, owners, options.owners))
-        for person in persons
-    }
-
-
-def read_owners(path: str) -> dict[str, list[int]]:
-    """Read which examples belong to which person.
-
-    Args:
-        path: A JSON file: an object from each person's id to a list of positions. It
-            may name its data set (``require_owners_of``).
-
-    Raises:
-        BadInput: If the file cannot be read or holds anything else.
-    """
-    return _owners_in(path)[0]
-
-
-def require_owners_of(
-    options: argparse.Namespace, data_set: Callable[[], str | None]
-) -> None:
-    """Refuse a file of persons that was made for another data set.
-
-    The file is compared only if it names its data set: beside the lists of positions it
-    may have the entry ``"data_set"`` with what ``fingerprint`` returns.
-
-    Args:
-        options: With ``owners``, the path of the file, or None.
-        data_set: Returns the fingerprint of the data set in which positions are meant;
-            None if it is not known. Called only if the file names a data set.
-
-    Raises:
-        BadInput: If the two differ, or the file cannot be read.
-    """
-    named = None if options.owners is None else _owners_in(options.owners)[1]
-    at_hand = None if named is None else data_set()
-    if named is None or at_hand is None:
-        return
-    if differs := difference(named, at_hand):
-        raise BadInput(
-            f"--owners: {options.owners} was made for another data set, which differs "
-            f"from this one in {differs}. Its positions may be those of other "
-            "persons. Use the file that was made for this data set. If files were "
-            "erased since, do not make it again from those that remain."
-        )
-
-
-def _owners_in(path: str) -> tuple[dict[str, list[int]], str | None]:
-    """Return the positions by person in a file, and the data set that it names.
-
-    No person may have the id ``data_set``: a list there would be a data set's name that
-    was written wrongly, and the file would not be compared with the data set.
-
-    Args:
-        path: The JSON file.
-
-    Raises:
-        BadInput: If the file cannot be read or holds anything else.
-    """
-    remedy = 'Write a JSON object of positions by person: {"p03": [3, 17]}.'
-    with about("--owners", remedy):
-        require_readable_once(path)
-        stored = Path(path).read_bytes()
-    try:
-        content = _text_of(stored, path)
-        pairs = json.loads(content, object_pairs_hook=tuple)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"--owners: {path} is not JSON. {remedy}") from error
-    is_object = content.lstrip().startswith("{")
-    named = dict(pairs).get(OWNERS_OF) if is_object else None
-    if named is not None and not isinstance(named, str):
-        raise BadInput(
-            f'--owners: {path} has a "{OWNERS_OF}" that is not a text. It names the '
-            "data set: write what opacus_pi.accounting.fingerprint returns. A person "
-            "cannot have this id."
-        )
-    data_set: str | None = named
-    if not is_object or not all(
-        isinstance(positions, list) and all(type(x) is int for x in positions)
-        for person, positions in pairs
-        if data_set is None or person != OWNERS_OF
-    ):
-        raise BadInput(
-            f"--owners: {path} does not map persons to lists of whole numbers. {remedy}"
-        )
-    if len(dict(pairs)) < len(pairs):
-        raise BadInput(
-            f"--owners: {path} lists a person twice. Put all positions of a person "
-            "into one list."
-        )
-    owners = dict(pairs)
-    if data_set is not None:
-        del owners[OWNERS_OF]
-    return owners, data_set
-
-
-def _examples_of(
-    person: str, owners: Mapping[str, list[int]], path: str
-) -> NDArray[np.int64]:
-    """Return the positions of one person's examples.
-
-    Args:
-        person: The id.
-        owners: The positions of every person.
-        path: The file that they are from, for the message.
-
-    Raises:
-        BadInput: If the person is unknown, has no examples, or a position twice.
-    """
-    if person not in owners:
-        raise BadInput(
-            f"--forget-person: {person} is not one of the {len(owners)} persons in "
-            f"{path}. Write one person as the file does, and repeat --forget-person "
-            "for several; positions of examples are named with --forget."
-        )
-    positions = owners[person]
-    if not positions:
-        raise BadInput(
-            f"--forget-person: {person} has no examples in {path}, so there is nothing "
-            "to forget. Add the positions to the file."
-        )
-    if len(set(positions)) < len(positions):
-        raise BadInput(
-            f"--owners: {path} lists a position of {person} twice. List each once."
-        )
-    if not all(0 <= x <= np.iinfo(np.int64).max for x in positions):
-        raise BadInput(
-            f"--owners: {path} has a position of {person} that is out of range. "
-            "Positions count the training set's examples from 0."
-        )
-    return np.array(positions, dtype=np.int64)
 
 
 def import_data_set(flag: str, path: str) -> Any:

@@ -11,17 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from opacus_pi._validate import distinct_indices
+from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.cli.errors import DONE, BadInput, about, one_line
-from opacus_pi.cli.inputs import (
-    import_train_set,
-    read_forget_set,
-    read_owned,
-    require_owners_of,
-)
+from opacus_pi.cli.inputs import import_train_set
 from opacus_pi.cli.output import answer, table
+from opacus_pi.cli.owners import read_request
 from opacus_pi.cli.submission import require_loggable, submit
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.unlearning.deletion_log import DeletionLog, read_entries, verify
+from opacus_pi.unlearning.honouring_weights import stored_weights, weights_path_of
 from opacus_pi.unlearning.listed_requests import (
     ANY_NUMBER,
     ListedRequest,
@@ -64,9 +62,7 @@ def _submit(options: argparse.Namespace) -> None:
     before = _opened(options)[1] if os.path.exists(options.log) else []
     known = {row.request_id for row in before}
     size, data_set = _training_set(options)
-    owned = read_owned(options)
-    require_owners_of(options, lambda: data_set)
-    forget = read_forget_set(options, owned)
+    forget, owned = read_request(options, lambda: data_set)
     require_loggable([*owned], options.request_id)
     distinct_indices("indices", forget, size)  # before a new log is made
     try:
@@ -75,9 +71,18 @@ def _submit(options: argparse.Namespace) -> None:
         raise BadInput(f"--data: {one_line(error)}") from error
     names = submit(requests, forget, owned, options.request_id)
     rows = {row.request_id: row for row in _listed(options)}
+    weights = weights_path_of(requests.log.path)
+    gone = set(stored_weights(weights, size).forgotten)
     facts = {
         "submitted": [
-            {**_facts_of(rows[name]), "entered_before": name in known} for name in names
+            {
+                **_facts_of(rows[name]),
+                "entered_before": name in known,
+                "num_forgotten_before": len(
+                    gone.intersection(rows[name].indices or ())
+                ),
+            }
+            for name in names
         ],
         "head": requests.log.head,
     }
@@ -125,8 +130,11 @@ def _submitted_text(
         lines.append(
             f"{start} in {options.log} as {row['request_id']}: {size}, {_state(row)}."
         )
+        if row["state"] == "pending" and row["num_forgotten_before"]:
+            lines.append(_overlap(row))
     if any(row["state"] == "pending" for row in facts["submitted"]):
         named = "--forget-person and --owners" if key else "--forget"
+        named += ", and with --only" * (options.only is not None)
         if options.request_id is not None:
             named += f", and with --request-id {options.request_id}"
         lines.append(
@@ -141,9 +149,31 @@ def _submitted_text(
     return "\n".join([*lines, _KEEP_HEAD, facts["head"]])
 
 
+def _overlap(row: Mapping[str, Any]) -> str:
+    """Return a sentence about examples that earlier requests have forgotten.
+
+    Args:
+        row: A request with such examples.
+    """
+    number, size = row["num_forgotten_before"], len(row["indices"])
+    if number < size:
+        return f"{number} of its examples were forgotten before, by earlier requests."
+    return (
+        "All of its examples were forgotten before, by earlier requests: 'opacus-pi "
+        "unlearn' will train nothing for it, and log that it was carried out."
+    )
+
+
 def _list(options: argparse.Namespace) -> None:
     """List the requests of the log."""
     rows = _listed(options, options.person)
+    if options.request_id is not None:
+        rows = [row for row in rows if row.request_id == options.request_id]
+        if not rows:
+            raise BadInput(
+                f"--request-id: {options.request_id} is not the name of a request of "
+                "this log, or it was redacted. Without --request-id all are listed."
+            )
     counts = {
         f"num_{name}": sum(row.state == state for row in rows)
         for name, state in (
@@ -154,12 +184,22 @@ def _list(options: argparse.Namespace) -> None:
     }
     shown = [r for r in rows if r.state == "pending" or not options.pending]
     facts = {**counts, "requests": [_facts_of(row) for row in shown]}
+    if options.request_id is not None:
+        facts["guarantees"] = _guarantees(options.log, rows[0])
     facts["head"] = verify(options.log).head
-    _answer(options, facts, _list_text(options, facts))
+    _answer(options, facts, _list_text(options, facts, len(rows)))
 
 
-def _list_text(options: argparse.Namespace, facts: Mapping[str, Any]) -> str:
-    """Return the requests as a table, under a line that counts them."""
+def _list_text(
+    options: argparse.Namespace, facts: Mapping[str, Any], num_known: int
+) -> str:
+    """Return the requests as a table, under a line that counts them.
+
+    Args:
+        options: The parsed arguments.
+        facts: The answer for programs.
+        num_known: How many requests the log has, or the person.
+    """
     of = "" if options.person is None else f" of {options.person}"
     first = (
         f"Requests{of} in {options.log}: {facts['num_pending']} pending, "
@@ -177,7 +217,56 @@ def _list_text(options: argparse.Namespace, facts: Mapping[str, Any]) -> str:
     ]
     header = ("request", "entry", "submitted", "examples", "state")
     parts = [first, table(header, rows)] if rows else [first]
+    if options.person is not None and not num_known:
+        parts.append(
+            f"The log has no request of {options.person}. Names are stored as keyed "
+            "hashes, so only exactly this spelling was looked for. Requests that named "
+            "positions (--forget), or were redacted, are of no person."
+        )
+    parts += map(_guaranteed, facts.get("guarantees", []))
     return "\n\n".join([*parts, f"Head of the log: {facts['head']}"])
+
+
+def _guarantees(path: str, row: ListedRequest) -> list[dict[str, Any]]:
+    """Return what the log says about the run of a request, and about the last run.
+
+    The guarantee of the last run is about the present weights, and covers all requests
+    until then.
+
+    Args:
+        path: The log.
+        row: A request that was not redacted.
+    """
+    if row.done_entry is None:
+        return []
+    runs = [e for e in read_entries(path) if "guarantee" in (e.payload or {})]
+    own = [entry for entry in runs if entry.number == row.done_entry]
+    chosen = {entry.number: entry for entry in (*own, *runs[-1:])}
+    names = ("guarantee", "epsilon", "reverse_epsilon", "delta")
+    return [
+        {
+            "entry": entry.number,
+            "method": entry.payload["run"]["method"],
+            "num_updates": entry.payload["run"]["num_steps"],
+            **{name: entry.payload.get(name) for name in names},
+        }
+        for entry in chosen.values()
+        if entry.payload is not None
+    ]
+
+
+def _guaranteed(run: Mapping[str, Any]) -> str:
+    """Return a sentence about the guarantee of a run, as the log has it."""
+    start = (
+        f"Run of entry {run['entry']}: {run['method']}, {run['num_updates']} updates. "
+        f"Guarantee: {run['guarantee']}"
+    )
+    if run["epsilon"] is None:
+        return f"{start}; no ε is claimed."
+    return (
+        f"{start}; ε ≤ {rounded_up(run['epsilon'])} at δ = {run['delta']:g}, for all "
+        "requests until then. Its assumptions are in the guarantee.json of the run."
+    )
 
 
 def _export(options: argparse.Namespace) -> None:

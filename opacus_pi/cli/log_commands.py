@@ -10,6 +10,7 @@ from opacus_pi.cli.arguments import (
     JSON,
     JSON_FILE,
     LOG,
+    ONLY,
     OWNERS,
     REQUEST_ID,
 )
@@ -20,6 +21,7 @@ from opacus_pi.cli.declarations import (
     switch,
     writable_file,
 )
+from opacus_pi.cli.no_effect import OF_PERSONS
 
 _FILE = Argument(("log",), {"metavar": "LOG", "help": "deletion log of the model"})
 
@@ -27,13 +29,10 @@ SUBMIT = Command(
     summary="enter a request, to be carried out later",
     usage="LOG --forget IDS|FILE [options]",
     description="""\
-Enter a request in the deletion log of a model. It is on the disk when the command ends,
-and stays pending until 'opacus-pi unlearn --log LOG' carries it out. The first request
-of a log needs --data, because positions are those in one training set. Later requests
-take its length and fingerprint from the log; with --data they are compared with it.
-A person is stored as a keyed hash of the id; the key is in the file LOG.key, which only
-its owner can read. Keep a copy of it apart from the log. To submit a request again
-changes nothing.""",
+Enter a request in the deletion log of a model. It is on the disk when the
+command ends, and pending until 'opacus-pi unlearn --log' carries it out. The
+first request of a log needs --data. A person is stored as a keyed hash; keep a
+copy of the key file LOG.key. To submit a request again changes nothing.""",
     examples="""\
   opacus-pi log submit deletions.db --data my_project:train_set --forget 25 \\
       --request-id 2026-002
@@ -43,33 +42,33 @@ changes nothing.""",
         FORGET,
         FORGET_PERSON,
         OWNERS,
-        REQUEST_ID.but(
-            help="name of the request, stored as it is: no name of a person (default: "
-            "a hash of the ids; for a person, a random name)"
-        ),
+        ONLY,
+        REQUEST_ID.but(help="name of the request, in plain text: no person's name"),
         DATA.but(
             required=False,
-            help=f"{DATA.options['help']}; the first request of a log needs it",
+            help="import path of the training set, for a new log",
         ),
         JSON,
     ),
+    no_effect=OF_PERSONS,
 )
 LIST = Command(
     summary="list the requests: what is pending, and what was done when",
     usage="LOG [options]",
     description="""\
-Check a deletion log and list its requests, oldest first: name, number of the entry,
-time, number of examples, and whether the request is pending, was carried out, or was
-redacted. Nothing is changed. With --json the positions of the examples are listed, too.
---person finds the requests of one person; it needs the key file LOG.key.""",
+Check a deletion log and list its requests, oldest first: name, number of the
+entry, time, number of examples, and whether the request is pending, was carried
+out, or was redacted. --person needs the key file LOG.key, and exactly the
+spelling of the request. An empty list is an answer, too: exit code 0.""",
     examples="""\
   opacus-pi log list deletions.db
-  opacus-pi log list deletions.db --pending --json
+  opacus-pi log list deletions.db --request-id 2026-001
   opacus-pi log list deletions.db --person p04""",
     arguments=(
         _FILE,
         switch("--pending", "list only what was not carried out yet"),
         option("--person", "ID", "list only the requests of this person"),
+        REQUEST_ID.but(help="list only this request, and what is guaranteed for it"),
         JSON,
         JSON_FILE,
     ),
@@ -78,12 +77,13 @@ EXPORT = Command(
     summary="write the log for an auditor, who sees only what is disclosed",
     usage="LOG --out FILE.json [options]",
     description="""\
-Write the whole chain of a deletion log to a file that an auditor can check: the time,
-kind and hashes of every entry. What an entry says (name, person, examples) is in the
-file only if it is disclosed. --disclose NAME discloses a request and the entry about
-the run that carried it out, with the settings of the run. Seeds of runs and what could
-tell which other examples were forgotten are never disclosed. The auditor runs
-'opacus-pi verify FILE.json HEAD', with a head that was noted before.""",
+Write the whole chain of a deletion log to a file that an auditor can check: the
+time, kind and hashes of every entry. What an entry says (name, person,
+examples) is in the file only if it is disclosed. --disclose NAME discloses a
+request and the entry about the run that carried it out, with the settings of
+the run. Seeds of runs and what could tell which other examples were forgotten
+are never disclosed. The auditor runs 'opacus-pi verify FILE.json HEAD', with a
+head that was noted before.""",
     examples="""\
   opacus-pi log export deletions.db --out for_auditor.json
   opacus-pi log export deletions.db --disclose 2026-001 --out one_request.json""",
@@ -111,10 +111,10 @@ REDACT = Command(
     summary="remove what the log says about a request that was carried out",
     usage="LOG --request-id NAME [options]",
     description="""\
-Remove the name, the person and the examples of a request from the log, for good. The
-request must have been carried out. That there was a request, and when it was carried
-out, stays in the log, and the chain stays whole. Copies and exports of the log and the
-records of runs are not changed: remove them yourself.""",
+Remove the name, the person and the examples of a request from the log, for
+good. The request must have been carried out. That there was one, and when it
+was carried out, stays in the log. Copies and exports of the log and the records
+of runs are not changed: remove them yourself.""",
     examples="""\
   opacus-pi log redact deletions.db --request-id 2026-001 \\
       --reason "retention is over\"""",
@@ -129,9 +129,8 @@ LOG_COMMAND = Command(
     summary="enter, list, export and redact deletion requests",
     usage="ACTION LOG [options]",
     description="""\
-Keep the deletion log of a model without carrying anything out: enter requests, list
-them, write a copy for an auditor, and redact what was carried out. 'opacus-pi unlearn
---log' carries requests out, and 'opacus-pi verify' checks a log or an export.""",
+Keep the deletion log of a model without carrying anything out. 'opacus-pi
+unlearn --log' carries requests out, and 'opacus-pi verify' checks a log.""",
     examples="""\
   opacus-pi log list deletions.db""",
     actions={"submit": SUBMIT, "list": LIST, "export": EXPORT, "redact": REDACT},

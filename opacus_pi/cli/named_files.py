@@ -25,6 +25,7 @@ _READ = (
     "owners",
     "evaluation",
     "forget_indices",
+    "only",
     "file",
 )
 _BESIDE_LOG = ("", ".safetensors", ".key", ".lock")

@@ -7,13 +7,14 @@ command's own module, which does, is imported by ``program`` when the command ru
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from opacus_pi import __version__
 from opacus_pi.cli.arguments import TRACEBACK
 from opacus_pi.cli.commands import COMMANDS
-from opacus_pi.cli.declarations import Command
+from opacus_pi.cli.declarations import Command, NoEffect
 from opacus_pi.cli.errors import BAD_INPUT, one_line
 
 _CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)$")
@@ -27,15 +28,15 @@ _OTHER_FLAGS = {
 DESCRIPTION = """\
 Per-instance privacy accounting and machine unlearning with Opacus.
 
-Training with opacus_pi.PrivacyEngine produces a ledger; engine.ledger.save(path) saves
-it. The commands compute the privacy loss of every example from it, plan and carry out
-unlearning, compare the result with retrained models, write a report, and verify files.
-An import path, package.module:name, runs the module: name only code that you trust."""
+Training with opacus_pi.PrivacyEngine leaves a ledger; engine.ledger.save(path)
+saves it. The commands compute the privacy loss of every example from it, plan
+and carry out unlearning, compare with retrained models, write a report. An
+import path, package.module:name, runs the module: name only code you trust."""
 EPILOG = """\
 exit codes:
   0    success; verify: the file is complete and unedited
-  1    a failure; verify: the file is damaged or edited; audit: a comparison failed
-  2    bad arguments or unusable files: the message names the argument and the remedy
+  1    a failure; verify: the file is damaged or edited; audit: a check failed
+  2    bad arguments or unusable files: the message names argument and remedy
   3    verify: not checked: no opacus_pi file, no checksum, or too large
   130  interrupted
 
@@ -51,10 +52,7 @@ _SHAPE: dict[str, Any] = {
     "formatter_class": argparse.RawDescriptionHelpFormatter,
     "allow_abbrev": False,  # an abbreviation would break when an option is added
 }
-_CODES = (
-    "exit codes: 0 success, 1 failure, 2 bad arguments or files; "
-    "more in 'opacus-pi --help'"
-)
+_CODES = "exit codes: 0 success, 1 failure, 2 bad input; see 'opacus-pi --help'"
 
 
 class Parser(argparse.ArgumentParser):
@@ -163,7 +161,11 @@ def _add(commands: Any, program: str, name: str, command: Command) -> None:
     else:
         flags = _add_arguments(sub, command)
     sub.set_defaults(
-        refuse=sub.refuse, program=sub.prog, flags={**flags, **_OTHER_FLAGS}
+        refuse=sub.refuse,
+        error=sub.error,
+        program=sub.prog,
+        flags={**flags, **_OTHER_FLAGS},
+        no_effect=command.no_effect,
     )
 
 
@@ -199,9 +201,41 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         line (``"--sigma"``).
 
     Raises:
-        SystemExit: After ``--help`` and ``--version``, and for bad arguments.
+        SystemExit: After ``--help`` and ``--version``, and for bad arguments, such as
+            an option that would change nothing.
     """
-    options, left_over = build_parser().parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options, left_over = build_parser().parse_known_args(words)
     if left_over:
         options.refuse(left_over)
+    _require_effect(options, {word.partition("=")[0] for word in words})
     return options
+
+
+def _require_effect(options: argparse.Namespace, given: set[str]) -> None:
+    """Refuse an option that would change nothing in this command line.
+
+    It could be left out, but the user expects an effect of it.
+
+    Args:
+        options: The parsed arguments.
+        given: The words of the command line, without values after ``=``. A value that
+            looks like an option is an error of argparse.
+
+    Raises:
+        SystemExit: If there is such an option.
+    """
+
+    def has(argument: str) -> bool:
+        flag, _, value = argument.partition(" ")
+        name = next((n for n, f in options.flags.items() if f == flag), "")
+        found = getattr(options, name, None)
+        is_given = flag in given if flag.startswith("--") else found is not None
+        return is_given and value in ("", found)
+
+    rules: tuple[NoEffect, ...] = options.no_effect
+    for rule in rules:
+        applies = not rule.beside or has(rule.beside)
+        applies = applies and not (rule.without and has(rule.without))
+        for flag in filter(has, rule.flags if applies else ()):
+            options.error(f"{flag}: {rule.reason}".rstrip("."))

@@ -22,12 +22,11 @@ from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.inputs import (
     import_model,
     load_ledgers,
-    read_forget_set,
     read_indices,
-    require_owners_of,
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer
+from opacus_pi.cli.owners import read_request
 from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.recording.checkpoints import Checkpoints
@@ -47,24 +46,13 @@ def run(options: argparse.Namespace) -> int:
         The exit code.
 
     Raises:
-        BadInput: If a file cannot be used, or a method is named without a model.
+        BadInput: If a file cannot be used.
         ValueError: If the library refuses a value; the program names the flag.
     """
-    if options.method is not None and options.model is None:
-        raise BadInput(
-            "--method: its guarantee depends on the model. Name the architecture too: "
-            "--model my_project:build."
-        )
-    if options.checkpoints is not None and options.model is None:
-        raise BadInput(
-            "--checkpoints: the guarantee of a rewind depends on the model. Name the "
-            "architecture too: --model my_project:build."
-        )
     going_back = rewind_options(options)
     runs = load_ledgers(options.ledger, options.noise_std)
-    require_owners_of(options, lambda: runs[0].data_set)
+    named, _ = read_request(options, lambda: runs[0].data_set)
     log = _next_run(options.log, runs[0])
-    named = read_forget_set(options)
     plan = make_plan(
         runs,
         _with_pending(named, log),

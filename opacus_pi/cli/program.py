@@ -23,6 +23,7 @@ from opacus_pi.cli.errors import (
     with_flags,
 )
 from opacus_pi.cli.parser import parse
+from opacus_pi.cli.said_once import warnings_as_lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,11 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # the parser has printed help or what is wrong
         return int(end.code or 0)
     try:
-        # These import torch, which --help does not wait for.
-        named_files = import_module("opacus_pi.cli.named_files")
-        named_files.require_separate_outputs(options)
-        command = import_module(f"opacus_pi.cli.{options.command}")
-        return int(command.run(options))
+        with warnings_as_lines():
+            # These import torch, which --help does not wait for.
+            named_files = import_module("opacus_pi.cli.named_files")
+            named_files.require_separate_outputs(options)
+            command = import_module(f"opacus_pi.cli.{options.command}")
+            return int(command.run(options))
     except BrokenPipeError:
         # The reader, such as head, has closed the pipe. Python would fail again when it
         # flushes the standard output at exit, so that goes to the null device.

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from opacus_pi.cli.errors import one_line
-from opacus_pi.cli.inputs import OWNERS_OF
+from opacus_pi.cli.owners import OWNERS_OF
 from opacus_pi.cli.run_files import read_guarantee
 from opacus_pi.files.arrays_file import named_kind
 from opacus_pi.files.checksummed_json import has_checksum, require_unedited
@@ -66,9 +66,9 @@ _RECORD = "the record of an unlearning run"
 _PAGE = "a report's page"
 _OWNERS = "positions by person, as --owners takes them"
 _OF_OWNERS = (
-    "it has no checksum, because you made it. --owners refuses positions that the data "
-    "set does not have. It also refuses another data set, if the file has an entry "
-    "{0!r} with the fingerprint of the right one: this file has {1}"
+    "it has no checksum, because you made it. --owners compares its entry {0!r}, the "
+    "fingerprint of the data set that it is of, with the data set at hand: this file "
+    "has {1}"
 )
 _EMPTY, _PIPE, _TEXT, _JSON = "an empty file", "a pipe or a device", "a text", "JSON"
 # What a command may write over: answers, reports, and what people write by hand.

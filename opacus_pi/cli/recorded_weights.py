@@ -108,7 +108,11 @@ def _require_weights_to_keep(
     remedy = "Name the weights of the trained model"
     if options.log and weights_path_of(os.path.realpath(options.log)).exists():
         held = f"--log: the weights beside {options.log} do"
-        remedy = "Leave out --checkpoints: the request is then carried out on them"
+        remedy = (
+            "Leave out --policy: an exact rewind starts from a saved state, whatever "
+            "the weights are, and forgets the examples of all requests. Without "
+            "--checkpoints, the weights are fine-tuned further"
+        )
     raise BadInput(
         f"{held} not hold what the training of --checkpoints {options.checkpoints} "
         "left (their SHA-256 differs). For this request nothing has to be trained "

@@ -129,19 +129,11 @@ def _evaluation_file(options: argparse.Namespace) -> str | Path | None:
 
     Returns:
         The path, or None if nothing was named and the directory has no such file.
-
-    Raises:
-        BadInput: If a file was named but no directory of a run.
     """
     path: str | Path | None = options.evaluation
     if path is None and options.run_dir is not None:
         usual = Path(options.run_dir, EVALUATION)
         path = usual if os.path.lexists(usual) else None
-    if path is not None and options.run_dir is None:
-        raise BadInput(
-            "--evaluation: an evaluation is shown with its unlearning run, but no run "
-            "was named. Name RUN_DIR."
-        )
     return path
 
 

@@ -26,11 +26,6 @@ def rewind_options(options: argparse.Namespace) -> dict[str, Any]:
             none.
     """
     if options.checkpoints is None:
-        if options.use_policy:
-            raise BadInput(
-                "--policy: a deletion policy needs the saved states of the training. "
-                "Add --checkpoints DIR."
-            )
         return {}
     with about("--checkpoints", "Name the directory that the Recorder wrote."):
         states = Checkpoints(options.checkpoints)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from opacus_pi.accounting.guarantee import rounded_up
-from opacus_pi.cli.inputs import load_ledgers, read_owners, require_owners_of
+from opacus_pi.cli.inputs import load_ledgers
 from opacus_pi.cli.output import answer, table, write_csv
+from opacus_pi.cli.owners import read_owners
 from opacus_pi.ledger.custody import LINKS
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.report.persons import rank_persons
@@ -80,8 +81,7 @@ def _persons(
     """
     if options.owners is None:
         return {}
-    require_owners_of(options, lambda: runs[0].data_set)
-    owners = read_owners(options.owners)
+    owners = read_owners(options.owners, lambda: runs[0].data_set)
     ranked = rank_persons(runs, owners, scores=scores)
     owned = np.unique(np.concatenate([np.empty(0), *map(np.asarray, owners.values())]))
     return {

@@ -8,12 +8,12 @@ same person, get the same name.
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi.cli.errors import BadInput
+from opacus_pi.cli.owners import Owned
 from opacus_pi.unlearning.requests import DeletionRequests
 
 
@@ -43,7 +43,7 @@ def require_loggable(persons: list[str], request_id: str | None) -> None:
 def submit(
     requests: DeletionRequests,
     forget: NDArray[np.int64],
-    owned: Mapping[str, NDArray[np.int64]],
+    owned: Owned,
     request_id: str | None,
 ) -> list[str]:
     """Enter one request, or one for each person.

@@ -22,7 +22,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -39,13 +39,11 @@ from opacus_pi.cli.inputs import (
     import_data_set,
     import_train_set,
     load_model,
-    read_forget_set,
     read_ledgers,
-    read_owned,
-    require_owners_of,
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer, table
+from opacus_pi.cli.owners import Owned, read_request
 from opacus_pi.cli.recorded_weights import (
     require_ledgers_of,
     require_recorded_weights,
@@ -78,18 +76,14 @@ def run(options: argparse.Namespace) -> int:
         ValueError: If the library refuses a value, or the weights file beside the
             deletion log: it does not belong to the log or does not fit the model.
     """
-    if options.request_id and not options.log:
-        raise BadInput("--request-id: there is no log. Add --log FILE.db.")
-    going_back = _going_back(options)
+    going_back = rewind_options(options)
     method = make_method(options.method, options.settings)
     make_optimizer = None if going_back else _optimizer(options)
     runs = read_ledgers(options.ledger, "--ledger") if options.ledger else None
     train_set, gone = import_train_set(options, must_exist=False)
     require_ledgers_of(options, runs or [], fingerprint(train_set))
     test_set = _test_set(options, train_set, gone)
-    owned = read_owned(options)
-    require_owners_of(options, lambda: fingerprint(train_set))
-    forget = read_forget_set(options, owned)
+    forget, owned = read_request(options, lambda: fingerprint(train_set))
     if options.log:
         require_loggable([*owned], options.request_id)
         distinct_indices("indices", forget, len(train_set))
@@ -162,35 +156,12 @@ def _generator(seed: int | None) -> torch.Generator:
     return generator.manual_seed(seed)
 
 
-def _going_back(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of a rewind, or an empty dict if no states are named.
-
-    Args:
-        options: The parsed arguments.
-
-    Raises:
-        BadInput: As ``rewind_options``, or if the ledger is missing or an unlearning
-            method is named too.
-    """
-    if options.checkpoints is not None and options.method is not None:
-        raise BadInput(
-            "--method: a rewind repeats the training, and uses no unlearning method. "
-            "Leave out --method or --checkpoints."
-        )
-    if options.checkpoints is not None and not options.ledger:
-        raise BadInput(
-            "--checkpoints: a rewind needs the ledger of the training. Add --ledger "
-            "LEDGER."
-        )
-    return rewind_options(options)
-
-
 def _carry_out(
     options: argparse.Namespace,
     unlearner: Unlearner,
     train_set: Any,
     forget: NDArray[np.int64],
-    owned: Mapping[str, NDArray[np.int64]],
+    owned: Owned,
     settings: Callable[[Iterable[int]], dict[str, Any]],
     going_back: dict[str, Any],
 ) -> tuple[UnlearningResult | None, dict[str, Any]]:
@@ -227,6 +198,7 @@ def _carry_out(
         first = np.unique(np.concatenate([*pending, forget]))
         require_recorded_weights(options, unlearner, first, going_back)
     names = submit(requests, forget, owned, options.request_id)
+    asked = {request.request_id for request in requests.pending}
     before = requested_indices(options.log, len(train_set)).tolist()
     results = requests.process(unlearner, train_set, together=True, **settings(before))
     is_own = [not set(names).isdisjoint(r.record["requests"]) for r in results]
@@ -235,7 +207,8 @@ def _carry_out(
     facts = {
         "request_id": names[0] if len(names) == 1 else None,
         "request_ids": names,
-        "done_before": [name for name in names if name not in done],
+        "done_before": [n for n in names if n not in done and n not in asked],
+        "forgotten_before": [n for n in names if n not in done and n in asked],
         "together_with": [name for name in done if name not in names],
         "deletion_log": options.log,
         "log_is_new": not has_earlier,
@@ -433,7 +406,15 @@ def _of_log(facts: dict[str, Any]) -> list[str]:
 
 def _done_before(facts: dict[str, Any]) -> list[str]:
     """Return a sentence for each request of this command that needed no run."""
-    return [f"Request {n} was carried out before." for n in facts["done_before"]]
+    return [
+        *(f"Request {name} was carried out before." for name in facts["done_before"]),
+        *(
+            f"All examples of request {name} were forgotten before, by earlier "
+            "requests: nothing was trained for it, and the log now says that it was "
+            "carried out."
+            for name in facts["forgotten_before"]
+        ),
+    ]
 
 
 def _forgot(size: int, method: str, num_steps: int) -> str:

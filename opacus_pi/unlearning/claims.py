@@ -104,7 +104,8 @@ class History:
             examples that were not forgotten before that run.
         num_used: How many of the forgotten examples an earlier run was fine-tuned on,
             because they were requested later.
-        trained: Name of the weights from which the first run started; empty: no run.
+        trained: Name of the weights from which the first run started; empty: no run,
+            or a rewind came before it, which starts from a saved state.
         left: Name of the weights that the last run left; empty if there was no run, or
             it did not end.
     """
@@ -115,6 +116,16 @@ class History:
     num_used: int = 0
     trained: str = ""
     left: str = ""
+
+    @property
+    def rewound(self) -> bool:
+        """Whether a rewind left the present weights, and no run changed them since."""
+        return self.began_with_rewind and not self.updated
+
+    @property
+    def began_with_rewind(self) -> bool:
+        """Whether the runs are those since a rewind."""
+        return bool(self.left) and not self.trained
 
     def after(self, method: Method, stop: StopRule | None) -> "History":
         """Return the history with one more run.
@@ -146,7 +157,7 @@ class History:
             self,
             updated=self.updated or updates,
             num_used=self.used(num_fresh),
-            trained=self.trained or trained,
+            trained=self.trained or ("" if self.left or self.updated else trained),
             left="",
         )
 
@@ -219,6 +230,10 @@ _NO_RUNS = History()
 _NO_FACTS = EngineFacts()
 _NO_EXAMPLES = np.empty(0, dtype=np.int64)
 _BLIND = (FineTune, Langevin, L1Sparse)  # their code reads the retain loader only
+_REWOUND = (
+    "a rewind trained the model again, so the training says nothing about it. Carry "
+    "out this request by a rewind, too"
+)
 _OF_THE_SET = "the forget set was not chosen by looking at the trained model"
 
 
@@ -481,6 +496,8 @@ def _never_used_before(history: History, num_fresh: int) -> Assumption:
         f"{used} of the forgotten examples were in the retain set of an earlier run. "
         "Forget all requested sets in one run, from the trained model"
         if used
+        else "earlier runs were rewinds"
+        if history.rewound
         else "no earlier run changed the weights"
         if not history.updated
         else "earlier runs left the set out",
@@ -563,15 +580,17 @@ def _matching(
     statement = "the model holds the last weights of the recorded training"
     names = {run.weights for run in runs}
     hashed = names - {None, CHANGED}
-    if model is None and hashed:
+    if model is None and hashed and not history.began_with_rewind:
         why = "only the architecture is known here; unlearning compares the weights"
         return Assumption(statement, True, why)
-    name = "" if model is None else weights_name(model)
-    unchanged = not history.trained or name == history.left
-    if names == {None} and unchanged:
+    name = history.left if model is None else weights_name(model)
+    unchanged = not (history.trained or history.left) or name == history.left
+    if names == {None} and unchanged and not history.began_with_rewind:
         return Assumption(statement, True, "the ledger has no SHA-256 of the weights")
     if unchanged and (history.trained or name) in hashed:
         return observed(statement, _since(history))
+    if unchanged and history.began_with_rewind:
+        return observed(statement, _REWOUND, met=False)
     return observed(statement, _unmatched(names, unchanged=unchanged), met=False)
 
 

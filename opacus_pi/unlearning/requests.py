@@ -206,17 +206,19 @@ class DeletionRequests(Shown):
             request_id: A name for the request: a string, or a whole number, which
                 is stored as its decimal digits. A string is stored unchanged: do not
                 use the name of a person.
-            indices: The examples to forget, positions in the training set; None if a
-                user is named.
-            user: The user whose examples to forget; None if indices are given.
+            indices: The examples to forget, positions in the training set; None: all
+                of the user's.
+            user: The user whose examples to forget; None: of no known user. With
+                indices, these must be of the user.
 
         Returns:
             The request.
 
         Raises:
-            ValueError: If the name is neither a string nor a whole number, both or
-                neither of indices and user are given, the indices are bad, the user is
-                unknown, or the name stands for another request. Nothing was written.
+            ValueError: If the name is neither a string nor a whole number, neither
+                indices nor user are given, the indices are bad or not the user's, the
+                user is unknown, or the name stands for another request. Nothing was
+                written.
             OSError: If it could not be written.
         """
         name = plain_name("request_id", request_id)
@@ -352,7 +354,9 @@ class DeletionRequests(Shown):
 
         Returns:
             The result of each run, an empty list if nothing was pending. The names of
-            its requests are in ``record["requests"]``.
+            its requests are in ``record["requests"]``. Without ``checkpoints``, a
+            request whose examples were all forgotten before needs no run: it is only
+            logged as carried out.
 
         Raises:
             ValueError: As ``resume`` and ``unlearn`` or ``rewind``, or if the training
@@ -384,6 +388,12 @@ class DeletionRequests(Shown):
             for group in _groups(pending, together):
                 indices = [request.indices for request in group.values()]
                 rows = np.unique(np.concatenate(indices))
+                if checkpoints is None and self._has_forgotten(rows):
+                    facts = {"found": "forgotten by earlier runs"}
+                    remains = what_remains(train_set, unlearner.forgotten)
+                    self._log_done([*group], facts, remains)
+                    honoured |= set(group)
+                    continue
                 result = carry_out(train_set, rows, **options)
                 honoured |= set(group)
                 hashes = [found.hashes[number] for number in honoured]
@@ -417,6 +427,11 @@ class DeletionRequests(Shown):
         self._requests()  # refuses the log of another training set
         stored = stored_weights(self.weights_path, self.num_examples).forgotten
         return without_erased(remaining_in(self.log.entries(), stored), data_set)
+
+    def _has_forgotten(self, rows: NDArray[np.int64]) -> bool:
+        """Return whether the stored weights have forgotten all of some examples."""
+        stored = stored_weights(self.weights_path, self.num_examples)
+        return bool(np.isin(rows, stored.forgotten).all())
 
     def _complete(
         self,
@@ -526,16 +541,26 @@ class DeletionRequests(Shown):
         Raises:
             ValueError: As ``submit``.
         """
-        expect(
-            (indices is None) != (user is None),
-            "exactly one of indices and user",
-            f"{'both' if indices is not None else 'neither'}",
-            "must be given",
-            "Pass either the indices or a user.",
+        require(
+            indices is not None or user is not None,
+            "indices or user must be given, got neither.",
+            "Pass indices, or a user of rows_of.",
         )
+        chosen, size = indices, self.num_examples
         if user is not None:
-            indices = self._rows_of_user(plain_name("user", user))
-        return distinct_indices("indices", cast(ArrayLike, indices), self.num_examples)
+            own = self._rows_of_user(plain_name("user", user))
+            chosen = own if indices is None else indices
+        rows = distinct_indices("indices", cast(ArrayLike, chosen), size)
+        if user is not None and indices is not None:
+            others = np.setdiff1d(rows, np.asarray(own))
+            expect(
+                not len(others),
+                "indices",
+                others[:5].tolist(),
+                f"must be examples of the user {user!r} in rows_of",
+                "Pass some of the user's examples, or leave out user.",
+            )
+        return rows
 
     def _rows_of_user(self, name: str) -> ArrayLike:
         """Return the examples of a user, whose key may be a number or its digits."""

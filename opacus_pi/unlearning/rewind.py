@@ -539,7 +539,9 @@ class RecordedTraining:
             weights_name(self.model) == self.record.weights,
             "Nothing has to be trained again for this request, so the trained model "
             "would be kept. But this model has other weights.",
-            "Pass the model as it was at the end of training.",
+            "Pass the model as it was at the end of training. If earlier requests were "
+            "carried out by fine-tuning, make an exact rewind (no deletion_policy): it "
+            "starts from a saved state, whatever the weights are.",
         )
 
     def plan(

@@ -553,8 +553,11 @@ class Unlearner:
         is_enough = policy is not None or np.array_equal(
             self.forgotten, self.forgotten_exactly
         )
-        left = self.history.left if not self.history.trained else ""
-        stays = is_enough and left == weights_name(self.model)
+        stays = (
+            is_enough
+            and self.history.rewound
+            and self.history.left == weights_name(self.model)
+        )
         warnings.warn(_STAYS if stays else _REWOUND_AGAIN, stacklevel=3)
         return stays
 

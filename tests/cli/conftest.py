@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi import GradNormLedger, PrivacyEngine
 from opacus_pi.cli import main
+from opacus_pi.ledger import fingerprint
 
 SOURCE = """
 import torch
@@ -151,6 +152,15 @@ def answer(run):
         return json.loads(out)
 
     return go
+
+
+def owners_file(path, owners):
+    """Write a file of persons that names the data set of the project."""
+    import cli_project
+
+    named = {"data_set": fingerprint(cli_project.train_set()), **owners}
+    path.write_text(json.dumps(named))
+    return path
 
 
 MODEL = ("--model", "cli_project:build", "--weights", "model.safetensors")

@@ -1,13 +1,14 @@
 """A person named on the command line stands for his or her examples."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from opacus_pi.ledger import fingerprint
 from opacus_pi.unlearning.deletion_log import read_entries
 from opacus_pi.unlearning.requests import DeletionRequests
-from tests.cli.conftest import DATA, MODEL
+from tests.cli.conftest import DATA, MODEL, owners_file
 
 OWNERS = {"p03": [17, 3], "p04": [5], "both": [3, 5], "out": [3, 120], "none": []}
 PLAN = ("plan", "ledger.safetensors")
@@ -16,10 +17,8 @@ EVALUATE = ("evaluate", *MODEL, *DATA)
 
 
 @pytest.fixture
-def owners(tmp_path):
-    path = tmp_path / "owners.json"
-    path.write_text(json.dumps(OWNERS))
-    return path
+def owners(project, tmp_path):
+    return owners_file(tmp_path / "owners.json", OWNERS)
 
 
 @pytest.mark.parametrize("command", [PLAN, EVALUATE])
@@ -54,13 +53,15 @@ def test_the_log_knows_the_person_by_a_keyed_hash(run, answer, owners, tmp_path)
     again = answer(*words, "p03", "--out", tmp_path / "again")
     assert again["carried_out"] is False and again["head"] == first["head"]
     name = ("--request-id", first["request_id"], "--out", tmp_path / "other")
-    owners.write_text(json.dumps({**OWNERS, "twin": [3, 17]}))
+    owners_file(owners, {**OWNERS, "twin": [3, 17]})
     code, _, err = run(*words, "twin", *name)
     assert code == 2 and "was submitted before, but not for this person" in err
     kinds = [entry.kind for entry in read_entries(log)]
     assert kinds == ["request", "remaining", "done"]
     second = answer(*words, "twin", "--out", tmp_path / "twin")
-    assert second["request_id"] != first["request_id"] and second["carried_out"]
+    assert second["request_id"] != first["request_id"]
+    assert second["forgotten_before"] == [second["request_id"]]  # the same examples
+    assert len(requests.submitted_by("twin")) == 1 and not requests.pending
 
 
 def leftovers(directory):
@@ -120,13 +121,19 @@ def test_errors_write_nothing(run, owners, tmp_path, command, words, message):
         ('{"p03": [3.0]}', "does not map persons"),
         ('{"p03": {"3": 4}}', "does not map persons"),
         ('{"p03": [3], "p03": [4]}', "lists a person twice"),
-        ('{"p03": [3, 17, 3]}', "lists a position of p03 twice"),
-        ('{"p03": [-1]}', "a position of p03 that is out of range"),
-        (f'{{"p03": [{10**30}]}}', "a position of p03 that is out of range"),
+        ('{"data_set": "NAME", "p03": [3, 17, 3]}', "lists a position of p03 twice"),
+        ('{"data_set": "NAME", "p03": [-1]}', "a position of p03 that is out of range"),
+        (
+            f'{{"data_set": "NAME", "p03": [{10**30}]}}',
+            "a position of p03 that is out of range",
+        ),
     ],
 )
 def test_bad_files(run, owners, content, message):
-    owners.write_bytes(content if isinstance(content, bytes) else content.encode())
+    name = json.loads(owners.read_text())["data_set"]
+    if isinstance(content, str):
+        content = content.replace("NAME", name).encode()
+    owners.write_bytes(content)
     code, out, err = run(*PLAN, *PERSON, "--owners", owners)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
 
@@ -160,9 +167,10 @@ def test_a_file_of_another_data_set_is_refused(run, owners, tmp_path, command):
 def test_what_is_checked_of_the_file_is_said(run, owners):
     code, out, _ = run("verify", owners)
     assert code == 3 and "positions by person, as --owners takes them" in out
-    assert "this file has none" in out
     owners.write_text(json.dumps({**OWNERS, "data_set": "Faces:120"}))
     assert "this file has one" in run("verify", owners)[1]
+    owners.write_text(json.dumps(OWNERS))
+    assert "this file has none" in run("verify", owners)[1]
     owners.write_text("{}")
     assert "is JSON: it is not an opacus_pi file" in run("verify", owners)[1]
 
@@ -219,3 +227,79 @@ def test_two_persons_of_whom_one_was_forgotten_before(run, owners, tmp_path):
     assert text.startswith("Forgot 3 examples") and "was carried out before." in text
     assert "Request later was still pending in the log: its examples were" in text
     assert "one for each person, in the order of the command" in text
+
+
+@pytest.mark.parametrize("command", [PLAN, EVALUATE, UNLEARN, SCORE])
+def test_a_file_that_names_no_data_set_is_refused(run, owners, tmp_path, command):
+    owners.write_text(json.dumps(OWNERS))
+    words = (*command, *(() if command is SCORE else PERSON), "--owners", owners)
+    more = ("--out", tmp_path / "run", "--log", tmp_path / "d.db")
+    code, out, err = run(*words, *(more if command is UNLEARN else ()))
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "does not name the data set that its positions count" in err
+    assert "use the file that was made before" in err
+    assert leftovers(tmp_path) == ["owners.json"]
+
+
+def test_a_file_made_again_after_photos_were_erased(run, answer, owners, tmp_path):
+    import cli_project
+
+    log = ("--log", tmp_path / "d.db")
+    first = (*UNLEARN, *log, "--forget", "3,4", "--out", tmp_path / "first")
+    answer(*first)
+    erased = [
+        "cli_project:without_erased" if word == DATA[1] else word for word in UNLEARN
+    ]
+    words = (*erased, *log, "--owners", owners, "--forget-person", "p05")
+    # p05 had 20; in a file of the 118 remaining examples it is 18.
+    made_again = {"p05": [18], "data_set": fingerprint(cli_project.without_erased())}
+    before = (tmp_path / "d.db").read_bytes()
+    for content in (made_again, {"p05": [18]}):
+        owners.write_text(json.dumps(content))
+        code, _, err = run(*words, "--out", tmp_path / "second")
+        assert code == 2 and "erased since" in err
+        assert (tmp_path / "d.db").read_bytes() == before
+    owners_file(owners, {"p05": [20]})  # the file of before
+    answer(*words, "--out", tmp_path / "second")
+    record = json.loads((tmp_path / "second" / "record.json").read_text())
+    assert record["forget_indices"] == [20]
+
+
+def test_what_cannot_be_compared_is_said(run, ledger, owners, tmp_path):
+    replace(ledger, data_set=None).save(tmp_path / "ledger")
+    code, _, err = run("plan", tmp_path / "ledger", *PERSON, "--owners", owners)
+    assert code == 0 and err.startswith("warning: --owners: whether")
+
+
+ONLY = (*PERSON, "--only", "17", "--owners")
+
+
+def test_some_examples_of_a_person(run, answer, owners, tmp_path):
+    log = tmp_path / "d.db"
+    assert answer(*PLAN, *ONLY, owners) == answer(*PLAN, "--forget", "17")
+    (row,) = answer("log", "submit", log, *DATA[:2], *ONLY, owners)["submitted"]
+    assert row["indices"] == [17]
+    text = run("log", "submit", log, *ONLY, owners)[1]
+    assert "with the same --forget-person and --owners, and with --only" in text
+    answer(*UNLEARN, *ONLY, owners, "--log", log, "--out", tmp_path / "run")
+    found = answer("log", "list", log, "--person", "p03")
+    assert [row["indices"] for row in found["requests"]] == [[17]]
+    assert found["num_carried_out"] == 1 and b"p03" not in log.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--forget", "3", "--only", "3"), "--only: it chooses among"),
+        ((*PERSON, "--only", "4"), "--only: example 4 is not of p03, whose positions"),
+        ((*PERSON, "--only", ""), "--only: nothing is listed"),
+        (
+            (*PERSON, "--forget-person", "p04", "--only", "3"),
+            "--only: it chooses among the examples of one person",
+        ),
+    ],
+)
+def test_what_only_cannot_choose(run, owners, words, message):
+    more = ("--owners", owners) if "--forget-person" in words else ()
+    code, out, err = run(*PLAN, *words, *more)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1

@@ -1,6 +1,5 @@
 """Weights are loaded from every file that holds them, under the names it gives them."""
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -16,9 +15,9 @@ from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.inputs import (
     load_ledgers,
     load_weights,
-    read_forget_set,
     read_indices,
 )
+from opacus_pi.cli.owners import read_owners
 from opacus_pi.cli.run_files import new_directory
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import read_plain_weights, write_weights
@@ -100,10 +99,8 @@ def test_ids_may_come_from_a_pipe(pipe, text):
 
 
 def test_owners_may_come_from_a_pipe(pipe):
-    options = argparse.Namespace(
-        forget_person=["p03"], owners=pipe('{"p03": [17, 3]}'), flags={}
-    )
-    assert read_forget_set(options).tolist() == [3, 17]
+    path = pipe('{"p03": [17, 3], "data_set": "A:20"}')
+    assert read_owners(path, lambda: "A:20") == {"p03": [17, 3]}
 
 
 def test_a_ledger_is_read_twice_and_may_not_come_from_a_pipe(pipe):
@@ -146,11 +143,9 @@ def test_weights_of_a_run_are_checked_when_they_are_used(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_files_may_begin_with_a_mark_of_their_encoding(tmp_path, encoding):
-    (tmp_path / "owners").write_text('{"pé": [17, 3]}', encoding=encoding)
-    options = argparse.Namespace(
-        forget_person=["pé"], owners=str(tmp_path / "owners"), flags={}
-    )
-    assert read_forget_set(options).tolist() == [3, 17]
+    text = '{"pé": [17, 3], "data_set": "A:20"}'
+    (tmp_path / "owners").write_text(text, encoding=encoding)
+    assert read_owners(str(tmp_path / "owners"), lambda: "A:20") == {"pé": [17, 3]}
     for text in ("3\n17\n", "[3, 17]"):
         (tmp_path / "ids").write_text(text, encoding=encoding)
         assert read_indices(str(tmp_path / "ids")).tolist() == [3, 17]

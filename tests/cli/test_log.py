@@ -12,7 +12,7 @@ from opacus_pi.unlearning.claims import History
 from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from opacus_pi.unlearning.honouring_weights import sha256_of
 from opacus_pi.unlearning.requests import DeletionRequests
-from tests.cli.conftest import DATA, MODEL
+from tests.cli.conftest import DATA, MODEL, owners_file
 
 HONOURED = {
     "honoured_entries": "[]",
@@ -31,9 +31,8 @@ def log(tmp_path):
 
 
 @pytest.fixture
-def owners(tmp_path):
-    (tmp_path / "owners.json").write_text(json.dumps(OWNERS))
-    return tmp_path / "owners.json"
+def owners(project, tmp_path):
+    return owners_file(tmp_path / "owners.json", OWNERS)
 
 
 def names_of(rows):
@@ -206,6 +205,43 @@ def test_without_the_key_no_person_is_found(run, answer, log, owners):
         assert answer("log", "list", log)["num_pending"] == 1
     key.write_bytes(kept)
     assert answer("log", "list", log, "--person", "p04")["requests"] == []
+    code, out, _ = run("log", "list", log, "--person", "P03")
+    assert code == 0 and "The log has no request of P03. Names are stored as" in out
+    assert "has no request" not in run("log", "list", log, "--person", "p03")[1]
+
+
+def test_one_request_with_its_guarantee(run, answer, log, tmp_path):
+    words = (*UNLEARN, "--ledger", "ledger.safetensors", "--log", log)
+    for name, example in (("a", 3), ("b", 5)):
+        named = ("--forget", example, "--request-id", name)
+        answer(*words, *named, "--out", tmp_path / name)
+    found = answer("log", "list", log, "--request-id", "a")
+    assert [row["request_id"] for row in found["requests"]] == ["a"]
+    first, last = found["guarantees"]
+    assert first["guarantee"] == "certified if" and first["epsilon"] > 0
+    assert last["guarantee"] == "empirical" and last["epsilon"] is None
+    text = run("log", "list", log, "--request-id", "a")[1]
+    assert "Guarantee: certified if; ε ≤" in text and "no ε is claimed" in text
+    code, _, err = run("log", "list", log, "--request-id", "c")
+    assert code == 2 and "--request-id: c is not the name of a request" in err
+
+
+def test_examples_that_were_forgotten_before_cost_nothing(run, answer, log, tmp_path):
+    words = (*UNLEARN, "--log", log, "--forget")
+    answer(*words, "3,17", "--request-id", "a", "--out", tmp_path / "a")
+    weights = log.with_name("deletions.db.safetensors").read_bytes()
+    text = run("log", "submit", log, "--forget", "3", "--request-id", "b")[1]
+    assert "All of its examples were forgotten before, by earlier requests" in text
+    code, text, err = run(*words, "3", "--request-id", "b", "--out", tmp_path / "b")
+    assert (code, err) == (0, "") and not (tmp_path / "b").exists()
+    assert "All examples of request b were forgotten before" in text
+    assert "Nothing is left to do." in text
+    assert log.with_name("deletions.db.safetensors").read_bytes() == weights
+    assert answer("log", "list", log)["num_carried_out"] == 2
+    text = run("log", "submit", log, "--forget", "3,5", "--request-id", "c")[1]
+    assert "1 of its examples were forgotten before" in text
+    out = ("--request-id", "c", "--out", tmp_path / "c")
+    assert answer(*words, "3,5", *out)["carried_out"]
 
 
 def test_a_log_that_lost_its_last_entries_is_refused(run, kept):

@@ -115,7 +115,10 @@ def test_text_and_file(run, tmp_path):
         (("3", "--past", "4=inf"), "3,17=25+ if the set was not forgotten after 25"),
         (("3", "--method", "l1"), "Name the architecture too: --model"),
         (("3", *BUILD, "--method", "langevin"), "--set noise_std=VALUE"),
-        (("3", *BUILD, "--set", "x=1"), "--set: x=1 is not NAME=VALUE"),
+        (
+            ("3", *BUILD, "--method", "finetune", "--set", "x=1"),
+            "--set: x=1 is not NAME=VALUE",
+        ),
         (
             ("3", *BUILD, "--method", "langevin", "--set", "noise_std=-1"),
             "--set: noise_std must be finite and at least 0, got -1",

@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import opacus_pi
 from opacus_pi.cli import main
 from opacus_pi.cli.commands import COMMANDS
 from opacus_pi.cli.parser import build_parser
-from tests.cli.conftest import DATA
+from tests.cli.conftest import DATA, MODEL
 
 ROOT = Path(__file__).parents[2]
 # Each command, and each action of a command, as the words that name it.
@@ -37,7 +38,7 @@ def test_help_of_each_command_has_examples_that_parse(run, tmp_path, monkeypatch
     code, out, err = run(*name, "--help")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "forgotten").mkdir()  # a directory that a file is written to must exist
-    assert (code, err) == (0, "") and max(map(len, out.splitlines())) < 100
+    assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= 80
     assert len(out.splitlines()) <= 40  # one screen
     examples = out.split("examples:\n")[1].replace("\\\n", " ").splitlines()
     commands = [
@@ -119,6 +120,76 @@ def test_bad_input_is_one_line_and_exit_code_2(run, words, message):
     code, out, err = run(*words)
     assert code == 2 and out == ""
     assert message in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+FORGET = ("--forget", "3")
+UNLEARN = ("unlearn", *MODEL, *DATA[:2], *FORGET, "--out", "never")
+PLAN = ("plan", "ledger.safetensors", *FORGET)
+LEDGER = ("--ledger", "ledger.safetensors")
+REPORT = ("report", *LEDGER, "--out", "report.html")
+STATES = (*LEDGER, "--checkpoints", "states")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*UNLEARN, *STATES, "--method", "langevin"), "--method: a rewind repeats"),
+        ((*UNLEARN, *STATES, "--set", "a=1"), "--set: a rewind repeats"),
+        ((*UNLEARN, *STATES, "--epochs", "25"), "--epochs: a rewind repeats"),
+        ((*UNLEARN, *STATES, "--epochs=3"), "--epochs: a rewind repeats"),
+        ((*UNLEARN, *STATES, "--batch-size", "9"), "--batch-size: a rewind"),
+        ((*UNLEARN, *STATES, "--learning-rate", "1"), "--learning-rate: a rewind"),
+        ((*UNLEARN, *STATES, "--momentum", "0"), "--momentum: a rewind"),
+        ((*UNLEARN, "--checkpoints", "states"), "--checkpoints: a rewind needs the"),
+        ((*UNLEARN, "--method", "ssd", "--epochs", "2"), "--epochs: ssd scales"),
+        ((*UNLEARN, "--method=ssd", "--momentum", "0"), "--momentum: ssd scales"),
+        ((*UNLEARN, "--set", "strength=1"), "--set: the default method, finetune, has"),
+        ((*UNLEARN, "--policy"), "--policy: a deletion policy needs the saved states"),
+        ((*UNLEARN, "--delta", "1e-6"), "--delta: without a ledger no ε"),
+        ((*UNLEARN, "--request-id", "a"), "--request-id: there is no log"),
+        ((*PLAN, "--method", "finetune"), "--method: its guarantee depends on"),
+        ((*PLAN, "--method", "l1", "--set", "strength=1"), "--method: its guarantee"),
+        ((*PLAN, "--set", "strength=1"), "--set: the default method"),
+        ((*PLAN, "--checkpoints", "states"), "--checkpoints: the guarantee of a"),
+        ((*PLAN, "--delta", "1e-6"), "--delta: without a model there is no ε"),
+        (
+            (*PLAN, *MODEL[:2], "--sigma", "1", "--delta", "1e-6"),
+            "--delta: with an assumed noise",
+        ),
+        (("evaluate", *MODEL, *DATA, *FORGET, "--match"), "--match: it matches"),
+        ((*REPORT, "--evaluation", "x.json"), "--evaluation: an evaluation is shown"),
+        ((*REPORT, "--sigma", "1", "--delta", "1e-6"), "--delta: with an assumed"),
+        (
+            ("score", "ledger.safetensors", "--sigma", "1", "--delta", "1e-6"),
+            "--delta: with an assumed noise (--sigma) there is no ε",
+        ),
+        (("audit", *MODEL, *DATA[:2], "--examples", "33"), "not a number from 2 to 32"),
+    ],
+)
+def test_options_without_an_effect_are_refused(run, words, message):
+    code, out, err = run(*words)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_warnings_are_lines_without_source_and_given_once(run, monkeypatch):
+    def warn(options):
+        for number in (1, 1, 2):
+            warnings.warn(f"of\nthe user {number}", stacklevel=1)
+        warnings.warn("of developers", FutureWarning, stacklevel=1)
+        warnings.warn("Full backward hook is firing when", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("opacus_pi.cli.verify.run", warn)
+    shown = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, out, err = run("verify", "ledger.safetensors")
+    assert (code, out) == (0, "") and warnings.showwarning is shown
+    assert err.splitlines() == [
+        "warning: of the user 1",
+        "warning: of the user 2",
+        "note: of developers",
+    ]
 
 
 def test_a_failure_while_running_is_exit_code_1(run):

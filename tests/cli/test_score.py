@@ -12,6 +12,7 @@ import torch
 from opacus_pi.accounting import NoisySGD, epsilons, privacy_losses, worst_case_loss
 from opacus_pi.cli.output import write_csv
 from opacus_pi.difficulty.forget_sets import ranking
+from tests.cli.conftest import owners_file
 from tests.private_training import Training
 
 LEDGER = "ledger.safetensors"
@@ -202,8 +203,7 @@ def test_persons_are_ranked_with_a_bound_for_as_many_examples(
     run, answer, ledger, tmp_path
 ):
     owners = {"p03": [3, 17], "p04": [5], "none": []}
-    path = tmp_path / "owners.json"
-    path.write_text(json.dumps(owners))
+    path = owners_file(tmp_path / "owners.json", owners)
     found = answer("score", LEDGER, "--owners", path)
     losses = privacy_losses(ledger, 8.0)
     of = {row["person"]: row for row in found["persons"]}
@@ -218,7 +218,7 @@ def test_persons_are_ranked_with_a_bound_for_as_many_examples(
     assert list(of)[1] not in out and "bound on ε" in out
     out = run("score", LEDGER, "--sigma", 3, "--owners", path)[1]
     assert "Hardest persons" in out and "may be promised" not in out
-    path.write_text(json.dumps({"p03": [3, 120]}))
+    owners_file(path, {"p03": [3, 120]})
     code, out, err = run("score", LEDGER, "--owners", path)
     assert code == 2 and out == "" and "--owners must list examples of the" in err
     assert "persons" not in answer("score", LEDGER)

@@ -270,11 +270,10 @@ def test_requests_after_the_data_of_others_were_erased(run, answer, tmp_path, da
     assert verify(log).head == head and not (tmp_path / "d").exists()
 
 
-def test_nothing_is_measured_on_erased_examples(answer, tmp_path):
+def test_a_request_for_erased_examples_costs_nothing(answer, tmp_path):
     log = tmp_path / "deletions.db"
     answer(*UNLEARN, "3,4", "--log", log, "--out", tmp_path / "a")
     words = [w.replace("train_set", "without_erased") for w in UNLEARN]
     name = ("--request-id", "again")
-    with pytest.warns(UserWarning, match="forgotten before"):
-        found = answer(*words, "4", "--log", log, *name, "--out", tmp_path / "b")
-    assert found["carried_out"] is True and found["before"] == {}
+    found = answer(*words, "4", "--log", log, *name, "--out", tmp_path / "b")
+    assert found["carried_out"] is False and found["forgotten_before"] == ["again"]

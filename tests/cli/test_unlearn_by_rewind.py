@@ -220,4 +220,5 @@ def test_fine_tuned_weights_of_the_log_are_not_kept(run, answer, trained, tmp_pa
     before = (tmp_path / "d.db").read_bytes()
     code, _, err = run(*head, "--policy", "--forget", b, "--out", tmp_path / "b")
     assert code == 2 and "--log: the weights beside" in err
+    assert "Leave out --policy: an exact rewind starts from a saved state" in err
     assert (tmp_path / "d.db").read_bytes() == before

@@ -451,7 +451,7 @@ def test_two_processes_do_not_work_at_once(tmp_path):
     "facts, message",
     [
         ({}, "neither"),
-        ({"indices": [1], "user": "ann"}, "both"),
+        ({"indices": [19], "user": "ann"}, "must be examples of the user 'ann'"),
         ({"user": "eve"}, "user must be one of the 2 users .*got eve"),
         ({"user": ["ann"]}, "must be a string or a whole number"),
         ({"indices": []}, "at least one index"),
@@ -465,6 +465,29 @@ def test_bad_requests_are_refused_and_not_written(tmp_path, facts, message):
         mine.submit("z", **facts)
     assert len([*mine.log.entries()]) == 3
     assert os.listdir(tmp_path) == ["deletions.db", "deletions.db.key"]
+
+
+def test_some_examples_of_a_user(tmp_path):
+    mine = DeletionRequests(tmp_path / "d.db", SIZE, {"ann": [1, 4, 7]})
+    assert mine.submit("a", indices=[7, 1], user="ann").indices == (1, 7)
+    assert [r.request_id for r in mine.submitted_by("ann")] == ["a"]
+
+
+def test_examples_that_were_forgotten_before_need_no_run(tmp_path):
+    mine = requests(tmp_path)
+    mine.submit("a", indices=[1, 2])
+    mine.submit("same", indices=[2])
+    assert len(mine.process(unlearner(), data(), num_epochs=1)) == 1
+    stored = mine.weights_path.read_bytes()
+    mine.submit("again", indices=[1, 2])
+    fresh = requests(tmp_path)
+    assert fresh.process(unlearner(), data(), num_epochs=1) == []
+    assert fresh.pending == [] and mine.weights_path.read_bytes() == stored
+    mine.submit("more", indices=[1, 3])
+    last = unlearner()
+    (result,) = requests(tmp_path).process(last, data(), num_epochs=1)
+    assert result.record["requests"] == ["more"]
+    assert last.forgotten.tolist() == [1, 2, 3] and verify(mine.log.path)
 
 
 @pytest.mark.parametrize("name", [None, True, 1.5, (1,), b"a", ["a"], np.bool_(True)])

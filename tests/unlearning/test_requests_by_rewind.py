@@ -8,7 +8,9 @@ import torch
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import write_weights
+from opacus_pi.unlearning import FineTune
 from opacus_pi.unlearning import requests as requests_module
+from opacus_pi.unlearning.claims import claim
 from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.honouring_weights import stored_weights
 from opacus_pi.unlearning.next_run import next_run
@@ -164,3 +166,62 @@ def test_weights_of_an_earlier_release_count_as_exact(tmp_path, saved):
     kept = {k: facts[k] for k in ("honoured_entries", "forgotten", "history")}
     write_weights(old, UNLEARNED_WEIGHTS, state, kept)
     assert sorted(stored_weights(old, SIZE).forgotten_exactly) == sorted(rows)
+
+
+def forgets(path, saved, name, example, **options):
+    """Carry out one request, as a new process does, on the model as it was trained."""
+    mine = requests(path)
+    mine.submit(name, indices=[example])
+    worker = saved.unlearner()
+    (result,) = mine.process(worker, saved.data, **options)
+    return result, worker
+
+
+BY_REWIND, BY_TUNING = "rewind", "tuning"
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        (BY_TUNING, BY_REWIND, BY_TUNING, BY_TUNING, BY_REWIND),
+        (BY_REWIND, BY_TUNING, BY_REWIND),
+    ],
+)
+def test_a_log_may_mix_rewinds_and_fine_tuning(tmp_path, saved, ways):
+    """Every run takes the model as it was trained, whatever the runs before it were."""
+    options = {
+        BY_REWIND: {"checkpoints": saved.states},
+        BY_TUNING: {"num_epochs": 1},
+    }
+    for number, way in enumerate(ways):
+        result, worker = forgets(tmp_path, saved, number, number, **options[way])
+        is_rewind = way == BY_REWIND
+        assert worker.history.rewound == is_rewind
+        assert (result.guarantee.epsilon(1e-9) == 0) == is_rewind
+        if is_rewind:  # of all requests until now
+            assert worker.forgotten_exactly.tolist() == list(range(number + 1))
+            late = np.array([SIZE - 1])  # a plan, which has no weights, says the same
+            next_run = (FineTune(), worker.model, worker.ledger, late, worker.history)
+            assert claim(*next_run, has_weights=False).kind == "empirical"
+        elif BY_REWIND in ways[:number]:
+            assert result.guarantee.kind == "empirical"
+            assert "Carry out this request by a rewind" in str(result.guarantee)
+            assert "no earlier run changed the weights" not in str(result.guarantee)
+
+
+def test_a_rewind_after_fine_tuning_a_rewound_model_is_made(tmp_path, saved):
+    """The present weights are those of fine-tuning: no rewind has left them."""
+    forgets(tmp_path, saved, "a", 0, checkpoints=saved.states)
+    forgets(tmp_path, saved, "b", 1, num_epochs=1)
+    with pytest.warns(UserWarning, match="the rewind is made again"):
+        result, _ = forgets(tmp_path, saved, "c", 1, checkpoints=saved.states)
+    assert result.record["num_steps"] > 0
+
+
+def test_no_policy_keeps_a_model_that_was_fine_tuned(tmp_path):
+    wide = DeletionPolicy(1000.0, 1e-5)
+    saved = Saved(tmp_path / "states", wide)
+    forgets(tmp_path, saved, "a", 0, num_epochs=1)
+    options = {"checkpoints": saved.states, "deletion_policy": wide}
+    with pytest.raises(ValueError, match="make an exact rewind"):
+        forgets(tmp_path, saved, "b", 1, **options)
