@@ -47,6 +47,7 @@ __all__ = [
     "NO_DELIVERY",
     "NO_INDICES",
     "NUMBER_IN_COLLATE",
+    "OTHER_BATCHES",
     "OTHER_SIZE",
     "OWN_BATCHES",
     "PARTS_IN_COLLATE",
@@ -96,7 +97,8 @@ COMPUTED = Cause(
     "The model's inputs are neither the tensors that the data loader delivered nor "
     "copies of them, so samples are assumed to be in the order of the latest batch. If "
     "your loop reorders or mixes samples after loading, or takes them from elsewhere, "
-    "this is wrong. Transform inputs in the data set or in collate_fn instead.",
+    "such as another loader or batches that it kept, norms are recorded for the wrong "
+    "examples. Transform inputs in the data set or in collate_fn instead.",
 )
 CHANGED_IN_PLACE = Cause(
     "the delivered batch was changed in place",
@@ -150,6 +152,15 @@ OTHER_SIZE = Cause(
     "loop computed them, transform inputs in the data set, and give the model one "
     "sample for each example. If another loader delivered them, use the one that "
     "make_private returned.",
+)
+OTHER_BATCHES = Cause(
+    "the model's inputs are examples of other batches",
+    "unattributed",
+    "The model was given examples of the data set that are not in the latest batch, as "
+    "another loader over the same data delivers them, or a loop that trains on batches "
+    "it kept from earlier. The accounting does not know when such examples were drawn. "
+    "Train on the batches of the loader that make_private returned, each when it is "
+    "delivered.",
 )
 BESIDE_BATCHES = Cause(
     "the training loop gives the model other inputs beside the batches",

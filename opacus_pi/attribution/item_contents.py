@@ -278,24 +278,48 @@ class ItemContents:
         return LABELS_KEPT if self._labels.are_kept else NOTHING_KEPT
 
     def _have_moved(self) -> bool:
-        """Return whether chance does not explain the contents of changed samples.
+        """Return whether chance does not explain the contents of changed samples."""
+        share = self._num_moved / self._num_changed
+        return share >= _LEAST_SHARE and self.is_beyond_chance(
+            self._num_moved, self._num_changed
+        )
+
+    def is_beyond_chance(self, num: int, total: int) -> bool:
+        """Return whether chance does not explain that so many samples are of others.
 
         By chance, a content is that of another example as often as the first contents
         are. Chernoff's bound limits the probability that so many samples have one; two
         standard errors of the share are allowed for.
+
+        Args:
+            num: Samples that have the content of another index.
+            total: All samples that were compared.
         """
-        share = self._num_moved / self._num_changed
-        if share < _LEAST_SHARE:
-            return False
-        num = max(1, self._num_sorted)
-        equal = 1 - np.count_nonzero(self._is_unique) / num
-        by_chance = equal + 2 * math.sqrt(equal / num)
+        share, num_sorted = num / total, max(1, self._num_sorted)
+        equal = 1 - np.count_nonzero(self._is_unique) / num_sorted
+        by_chance = equal + 2 * math.sqrt(equal / num_sorted)
         if not by_chance or share <= by_chance:
-            return not by_chance
+            return num > 0 and not by_chance
         divergence = share * math.log(share / by_chance)
         if share < 1:
             divergence += (1 - share) * math.log((1 - share) / (1 - by_chance))
-        return -self._num_changed * divergence <= _IMPROBABLE
+        return -total * divergence <= _IMPROBABLE
+
+    def of_others(
+        self, indices: Indices, sums: Indices
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return which contents other indices had at first, and which exactly one had.
+
+        Args:
+            indices: The index for which each content is taken, ``(b,)``, delivered.
+            sums: Checksums of the contents, ``(b,)``.
+
+        Returns:
+            Two masks, bool ``(b,)``.
+        """
+        are_known, are_unique = self._looked_up(sums)
+        is_own = self._sums.take(indices, mode="clip") == sums
+        return are_known & ~is_own, are_unique & ~is_own
 
     def _looked_up(self, sums: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Return which checksums one index had at least, and which exactly one had."""

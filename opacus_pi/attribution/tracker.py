@@ -62,6 +62,7 @@ from opacus_pi.attribution.causes import (
     MOVED_AND_CHANGED,
     NO_INDICES,
     NOT_DELIVERED,
+    OTHER_BATCHES,
     OWN_BATCHES,
     PARTS_IN_COLLATE,
     PASSES_DISAGREE,
@@ -95,6 +96,7 @@ from opacus_pi.attribution.inputs_beside import InputsBeside
 from opacus_pi.attribution.item_contents import ItemContents
 from opacus_pi.attribution.lookalikes import OrderSoFar, alike_of, rows_of_all
 from opacus_pi.attribution.model_inputs import SharedRows
+from opacus_pi.attribution.other_batches import OtherBatches
 from opacus_pi.attribution.rows_of_others import RowsOfOthers
 from opacus_pi.attribution.samples import is_dense, tensors_in
 from opacus_pi.attribution.skipped_batches import SkippedBatches
@@ -155,8 +157,9 @@ _UNRECOGNISED = (
 )
 _WITHDRAWN = (
     "{num} samples of earlier updates were assumed to be the latest batch in its "
-    "order. Later the loop gave the model other inputs beside a batch, or moved "
-    "samples. So their norms may be charged to the wrong examples."
+    "order. Later the loop gave the model examples of other batches, or other inputs "
+    "beside a batch, or moved samples. So their norms may be charged to the wrong "
+    "examples."
 )
 # Causes that show that a loop gives the model other inputs beside its batches.
 _OTHERS = frozenset(c.name for c in (ANOTHER_PASS, BESIDE_BATCHES, NOT_DELIVERED))
@@ -250,6 +253,7 @@ class Tracker:
         self._num_backward = 0
         # Samples of whole batches that are assumed, and those that were until then.
         self._num_computed = self._num_withdrawn = 0
+        self._other_batches = OtherBatches()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: options and counts, and no batches.
@@ -412,14 +416,22 @@ class Tracker:
             shared_rows=self._shared_rows,
             order=self._order,
         )
-        if found is not None:
+        if found is None:
+            found = assumed(
+                tensors,
+                dim,
+                recent,
+                has_others=self.verify and not self.causes.keys().isdisjoint(_OTHERS),
+                has_moved=self._order.has_moved,
+            )
+        is_assumed = found.evidence == "by_latest" or found.is_assumed is not None
+        if not (is_assumed and self.verify and found.cause is COMPUTED):
             return found
-        return assumed(
-            tensors,
-            dim,
-            recent,
-            has_others=self.verify and not self.causes.keys().isdisjoint(_OTHERS),
-            has_moved=self._order.has_moved,
+        if not self._other_batches.are_given(tensors, dim, found, self.contents):
+            return found
+        num = found.num_samples
+        return ForwardPass(
+            None, "", None, OTHER_BATCHES, num_inputs=num, latest=recent[0]
         )
 
     def mark_backward(self, forward: ForwardPass, *, clipping: bool = False) -> None:
@@ -718,6 +730,7 @@ class Tracker:
             forward: A pass with indices.
         """
         distinct, evidence = forward.distinct_indices(), forward.evidence
+        self._other_batches.entered_update |= forward.cause is OTHER_BATCHES
         if self._num_computed:
             self._withdraw_guesses(forward)
         if distinct is not None and evidence == "by_storage" and not forward.notes:
@@ -752,16 +765,18 @@ class Tracker:
     def _withdraw_guesses(self, forward: ForwardPass) -> None:
         """Withdraw the assumption that inputs were computed from the latest batch.
 
-        A pass contradicts it if it shows that the loop moves samples, or that an
-        earlier update was assumed to be of this batch. Samples that were assumed before
-        then count as unattributed.
+        A pass contradicts it if it shows that the loop moves samples or trains on other
+        batches, or that an earlier update was assumed to be of this batch. Samples that
+        were assumed before then count as unattributed.
 
         Args:
             forward: A pass that enters an update.
         """
-        if not forward.is_recognised or forward.delivery is None:
+        if forward.cause is OTHER_BATCHES:
+            cause = OTHER_BATCHES
+        elif not forward.is_recognised or forward.delivery is None:
             return
-        if forward.delivery.was_assumed:
+        elif forward.delivery.was_assumed:
             cause = BESIDE_BATCHES
         elif self._order.has_moved:
             cause = MOVED_AND_CHANGED
