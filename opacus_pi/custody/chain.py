@@ -92,6 +92,20 @@ class SampleCounts:
             self.cause or other.cause,
         )
 
+    def since(self, other: "SampleCounts") -> "SampleCounts":
+        """Return the counts of the part of the run that came later.
+
+        Args:
+            other: The counts at an earlier moment. Samples of before that were counted
+                as unattributed since are left out as far as this can be known.
+        """
+        num_samples = self.num_samples - other.num_samples
+        unattributed = self.num_unattributed - other.num_unattributed
+        unattributed = min(max(0, unattributed), num_samples)
+        return SampleCounts(
+            num_samples, unattributed, self.cause if unattributed else ""
+        )
+
 
 @dataclass(frozen=True)
 class _Observer:
@@ -125,6 +139,7 @@ class Chain:
         self._count_samples = count_samples
         self.allows_unattributed = False
         self._before = SampleCounts()  # those before the run was resumed
+        self._undone = SampleCounts()  # those of updates that were undone
         self._evidence: dict[str, str] = {}
         self._doubts: dict[str, list[str]] = {}
         self._settled: set[tuple[str, str]] = set()
@@ -271,6 +286,10 @@ class Chain:
         """
         return self._link(link).state == CHECKED
 
+    def undo_samples(self) -> None:
+        """Leave out the samples so far: a saved state of the run was loaded."""
+        self._before, self._undone = SampleCounts(), self._count_samples()
+
     def resume(
         self, saved: Custody, is_continued: Callable[[], bool] | None = None
     ) -> None:
@@ -331,7 +350,7 @@ class Chain:
 
     def _known(self) -> Custody:
         """Return the links as reported up to now."""
-        counts = self._before.plus(self._count_samples())
+        counts = self._before.plus(self._count_samples().since(self._undone))
         return Custody(
             tuple(self._link(name) for name in LINKS),
             counts.num_samples,

@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,10 @@ from opacus_pi.recording.state_file import read_state, write_state
 __all__ = ["Checkpoints"]
 
 _PREFIX = "state-"
+_RESTORE = (
+    "Restore the directory from a copy: without them, it is not known which examples "
+    "the updates used. If the training is to go on, resume it from its checkpoint."
+)
 _BLOCK = 4096  # bytes
 _PARTS = {
     "model": dict,
@@ -174,7 +178,32 @@ class Checkpoints:
             ValueError: If a file is missing, damaged, or of another run.
         """
         self.flush()
+        require(
+            bool(blocks_in(self.directory)) or max(self.steps, default=0) == 0,
+            f"checkpoints: {self.directory} has states of a training, and no "
+            "participations-*.safetensors.",
+            f"These files are missing. {_RESTORE}",
+        )
         return record_in(self.directory)
+
+    def require_whole(self, record: ParticipationRecord) -> None:
+        """Refuse a record that ends before the last saved state: a file is missing.
+
+        Args:
+            record: The participations in the directory.
+
+        Raises:
+            ValueError: If it ends earlier.
+        """
+        last, end = max(self.steps, default=0), record.num_steps
+        require(
+            last <= end,
+            f"checkpoints: {self.directory} has a state of update {last}, but its "
+            f"participations end after update {end}. Their last file "
+            "participations-*.safetensors is missing, or was not written because the "
+            "training was interrupted.",
+            _RESTORE,
+        )
 
     def flush(self) -> None:
         """Write the participations that still wait in memory.
@@ -258,16 +287,20 @@ class Checkpoints:
         log = self._log
         if log is None or not num_steps:
             return None
-        has_files = bool(blocks_in(self.directory))
-        saved = record_in(self.directory) if has_files else None
-        expect(
-            saved is not None and saved.run == run,
-            "checkpoints",
-            f"the directory {self.directory} of another run",
-            "must have the states of the run that is resumed",
+        require(
+            bool(blocks_in(self.directory)),
+            f"checkpoints: {self.directory} has no participations-*.safetensors, which "
+            "the run that is resumed has written.",
+            "Resume with the directory of the saved run. If files were deleted, "
+            "restore them from a copy.",
+        )
+        before = record_in(self.directory)
+        require(
+            before.run == run,
+            f"checkpoints: {self.directory} has the participations of another run than "
+            "the one that is resumed.",
             "Resume with the directory of the saved run.",
         )
-        before = cast(ParticipationRecord, saved)
         old, new = policy_in(before.policy), policy_in(log.facts["policy"])
         expect(
             old == new,

@@ -206,7 +206,9 @@ def record_in(directory: Path) -> ParticipationRecord:
     if not paths:
         raise FileNotFoundError(
             f"No participations of a training run are in {directory}. Pass the "
-            "directory of a run with Recorder(checkpoints=Checkpoints(directory))."
+            "directory of a run with Recorder(checkpoints=Checkpoints(directory)). If "
+            "its files participations-*.safetensors were deleted, restore them from a "
+            "copy."
         )
     blocks = [read_arrays(path, PARTICIPATIONS, _LAYOUT) for path in paths.values()]
     ends = [0, *(_whole(facts, "num_steps", directory) for _, facts in blocks)]

@@ -664,6 +664,8 @@ class Recorder(RecorderOptions):
         self._has_weights_dir = False
         if self._last_weights is not None:
             self._last_weights.forget()
+        if self._chain is not None:
+            self._chain.undo_samples()
         self._follow(self._chain)
         self._expect_start()
 

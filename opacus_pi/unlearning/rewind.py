@@ -260,6 +260,43 @@ def states_of(checkpoints: Checkpoints | str | os.PathLike[str]) -> Checkpoints:
     return Checkpoints(checkpoints)
 
 
+def _require_run_of(
+    ledger: GradNormLedger, states: Checkpoints, record: ParticipationRecord
+) -> None:
+    """Refuse states of another run than the ledger's, and a record that ends too early.
+
+    Args:
+        ledger: The ledger of the run.
+        states: The saved states.
+        record: Their participations.
+
+    Raises:
+        ValueError: In these cases, with the remedy.
+    """
+    mechanism, found = ledger.mechanism, record.num_steps
+    is_alike = record.sampling == mechanism.sampling and same_data_set(
+        record.data_set, ledger.data_set or ""
+    )
+    if is_alike and found < mechanism.num_steps:
+        states.require_whole(record)
+        raise ValueError(
+            f"checkpoints: the participations in {states.directory} end after update "
+            f"{found}, and the ledger has {mechanism.num_steps} updates. If they are "
+            "of the ledger's run, their last file participations-*.safetensors is "
+            "missing, or was not written: restore it from a copy, or call "
+            "recorder.checkpoints.flush() in the process that trained. Otherwise pass "
+            "the checkpoints of the ledger's run."
+        )
+    expect(
+        is_alike and found == mechanism.num_steps,
+        "checkpoints",
+        f"a run of {found} updates on {record.data_set}",
+        f"must be those of the ledger's run, {mechanism.num_steps} updates on "
+        f"{ledger.data_set}",
+        "Pass the checkpoints of this run.",
+    )
+
+
 def require_states(
     checkpoints: Checkpoints | str | os.PathLike[str] | None,
     policy: DeletionPolicy | None,
@@ -337,18 +374,7 @@ class RecordedTraining:
         ledger, record = ledgers[0], states.record
         if ledger.custody is not None:
             ledger.custody.require_intact()
-        mechanism = ledger.mechanism
-        expect(
-            record.num_steps == mechanism.num_steps
-            and record.sampling == mechanism.sampling
-            and same_data_set(record.data_set, ledger.data_set or ""),
-            "checkpoints",
-            f"a run of {record.num_steps} updates on {record.data_set}",
-            f"must be those of the ledger's run, {mechanism.num_steps} updates on "
-            f"{ledger.data_set}",
-            "Pass the checkpoints of this run. If another process trained, call "
-            "recorder.checkpoints.flush() there after the last update.",
-        )
+        _require_run_of(ledger, states, record)
         expect(
             not ledger.weights
             or not record.weights

@@ -142,3 +142,14 @@ def test_unchecked_links_are_assumptions_of_a_statement():
     assert loss.is_declared and loss.evidence == "It was not seen."
     by_hand = privacy_statement(ledger(), [0], 1e-5).assumptions
     assert not [a for a in by_hand if a.statement in LINKS.values()]
+
+
+def test_samples_that_were_undone_are_left_out():
+    counts = [SampleCounts(10, 3, "why")]
+    chain = Chain(lambda: counts[-1])
+    chain.undo_samples()
+    assert chain.custody().num_samples == 0 and not chain.custody().cause
+    counts.append(SampleCounts(14, 9, "why"))  # two were counted as known before
+    found = chain.custody()
+    assert (found.num_samples, found.num_unattributed, found.cause) == (4, 4, "why")
+    assert Custody.from_json(found.to_json()) == found

@@ -1,4 +1,4 @@
-"""A checkpoint goes back to the optimizer's state too, or says that it does not."""
+"""A checkpoint goes back to the optimizer's state and to the counts, or says so."""
 
 import warnings
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opacus_pi import AccountingError
-from tests.private_training import Training
+from tests.private_training import NUM_EXAMPLES, Training
 
 
 def weights_link(engine):
@@ -72,3 +72,25 @@ def test_an_edited_state_is_refused(tmp_path, factor):
         return
     with pytest.raises(AccountingError, match="optimizer's state in the checkpoint"):
         _ = resumed.engine.ledger
+
+
+@pytest.mark.filterwarnings("ignore:.*ample")
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_samples_of_updates_that_were_undone_are_not_counted(tmp_path, num_before):
+    """Neither those with a known example nor the others."""
+    training = Training(poisson_sampling=False).train(num_before)
+    parts = {"module": training.model, "optimizer": training.optimizer}
+    path = tmp_path / "state.pt"
+    training.engine.save_checkpoint(path=path, **parts)
+    training.train(1)
+    x, y = training.data_set[:4]
+    training.batch(x.exp(), y)  # of no batch
+    with pytest.raises(AccountingError, match=f"of {24 * num_before + 28} samples"):
+        _ = training.engine.ledger
+    for _ in range(2):
+        training.engine.load_checkpoint(path=path, **parts)
+    for num_since in (1, 2):
+        training.train(1)
+        custody = training.engine.ledger.custody
+        assert custody.num_samples == NUM_EXAMPLES * (num_before + num_since)
+        assert custody.num_unattributed == 0 and not custody.cause

@@ -1,6 +1,7 @@
 """States that a recorder saves: same training, files, budget, participations."""
 
 import os
+import shutil
 import stat
 
 import numpy as np
@@ -192,6 +193,27 @@ def test_a_policy_cannot_be_changed_by_resuming(other, tmp_path):
     saved, path = resumed(tmp_path, DeletionPolicy(2.0, 1e-5))
     again = Saved(tmp_path / "states", other, every=4, train=False)
     with pytest.warns(UserWarning, match="made or changed during a run"):
+        again.engine.load_checkpoint(
+            path=path, module=again.model, optimizer=again.optimizer
+        )
+
+
+@pytest.mark.parametrize(
+    ("is_other", "reason"),
+    [(False, "no participations.* were deleted"), (True, "participations of another")],
+)
+def test_a_directory_without_the_files_of_the_run_is_said(tmp_path, is_other, reason):
+    _, path = resumed(tmp_path, None)
+    folder = tmp_path / "states"
+    for block in folder.glob("participations-*"):
+        block.unlink()
+    if is_other:
+        other = Saved(tmp_path / "other", every=4).states
+        other.flush()
+        for block in other.directory.glob("participations-*"):
+            shutil.copy(block, folder)
+    again = Saved(folder, every=4, train=False)
+    with pytest.warns(UserWarning, match=reason):
         again.engine.load_checkpoint(
             path=path, module=again.model, optimizer=again.optimizer
         )

@@ -360,6 +360,32 @@ def test_a_block_of_participations_that_is_missing_is_refused(tmp_path, private)
     refused(private, "must cover all updates", checkpoints=folder)
 
 
+@pytest.mark.parametrize("kept", ["all", "only early"])
+def test_the_last_block_of_participations_that_is_missing_is_named(
+    tmp_path, private, kept
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(private.states.directory, folder)
+    sorted(folder.glob("participations-*"))[-1].unlink()
+    end = Checkpoints(folder).record.num_steps
+    for state in folder.glob("state-*") if kept == "only early" else ():
+        if int(state.stem.removeprefix("state-")) > end:
+            state.unlink()
+    reason = "has a state of update" if kept == "all" else "and the ledger has"
+    with pytest.raises(ValueError, match=f"{reason}.* missing.*estore") as caught:
+        private.unlearner().rewind(private.data, [0], checkpoints=folder)
+    assert f"end after update {end}" in str(caught.value)
+    assert "must be those" not in str(caught.value)
+
+
+def test_all_blocks_of_participations_that_are_missing_are_named(tmp_path, private):
+    folder = tmp_path / "copy"
+    shutil.copytree(private.states.directory, folder)
+    for block in folder.glob("participations-*"):
+        block.unlink()
+    refused(private, "states of a training, and no participations", checkpoints=folder)
+
+
 def test_a_filtered_rewind_of_training_without_clipping_is_refused(tmp_path):
     saved = Saved(tmp_path / "s", POLICY, private=False, noise=0.1)
     refused(saved, "exact rewind", deletion_policy=POLICY)
