@@ -16,6 +16,7 @@ runs.
 | ``sets`` | cuts forget, retain and test set in the same way for all commands |
 | ``said_once`` | prints warnings as lines |
 | ``output`` | prints text or JSON, formats tables |
+| ``encoding`` | replaces characters that the output cannot hold |
 | ``submission`` | enters requests in a deletion log, for ``unlearn`` and ``log`` |
 | ``recorded_weights`` | refuses a ledger of other weights |
 | ``run_files`` | the directory that ``unlearn`` writes |

@@ -39,6 +39,7 @@ from opacus_pi.cli.arguments import (
 )
 from opacus_pi.cli.declarations import (
     Command,
+    hash_word,
     new_directory_name,
     number_of_examples,
     option,
@@ -380,13 +381,15 @@ Exit code 0: verified. 1: damaged or edited. 2: bad arguments, or no such file.
         examples="""\
   opacus-pi verify ledger.safetensors
   opacus-pi verify deletions.db
-  opacus-pi verify deletions.db 5f0c...e1""",
+  opacus-pi verify deletions.db \\
+      c764744d4eabe121b8deb04cf6bb12fedac3d7c971c638417f57fb4953093651""",
         arguments=(
             option("file", "FILE", "file to check"),
             option(
                 "head",
                 "HEAD",
                 "hash that an entry of the deletion log must have",
+                hash_word,
                 nargs="?",
             ),
             JSON,

@@ -11,7 +11,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import hexdigits
 from typing import Any
+
+_LENGTH_OF_HASH = 64  # SHA-256, in hexadecimal digits
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,29 @@ def whole_number(text: str) -> int:
             f"{text!r} is not a whole number of at least 1"
         )
     return number
+
+
+def hash_word(text: str) -> str:
+    """Convert an argument to the hash of an entry, as deletion logs write it.
+
+    >>> hash_word(" " + 32 * "0A")[:4]
+    '0a0a'
+
+    Args:
+        text: The word on the command line. Capitals and blanks around it are allowed,
+            as they come with pasted text.
+
+    Raises:
+        ArgumentTypeError: If it is anything else; argparse puts the name before it.
+    """
+    word = text.strip().lower()
+    if len(word) != _LENGTH_OF_HASH or set(word) - set(hexdigits):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a hash of {_LENGTH_OF_HASH} digits from 0 to 9 and a to "
+            f"f (it has {len(word)} characters). Copy the whole hash, as 'opacus-pi "
+            "log list' or 'opacus-pi verify' printed it"
+        )
+    return word
 
 
 def probability(text: str) -> float:

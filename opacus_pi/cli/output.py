@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from opacus_pi._printable import printable
+from opacus_pi.cli.encoding import printable_json
 from opacus_pi.cli.errors import about
 from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.strict_json import json_text
@@ -39,7 +40,7 @@ def answer(options: argparse.Namespace, facts: Mapping[str, Any], text: str) -> 
     if getattr(options, "json_file", None):
         with about("--out", "Name a file in a directory that can be written."):
             replace_file(Path(options.json_file), json_text(facts).encode() + b"\n")
-    print(json_text(facts) if options.json else printable(text))
+    print(printable_json(json_text(facts)) if options.json else printable(text))
 
 
 def write_csv(path: str, columns: Mapping[str, np.ndarray[Any, Any]]) -> None:

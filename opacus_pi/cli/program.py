@@ -13,6 +13,7 @@ from importlib import import_module
 
 from opacus_pi._errors import AccountingError
 from opacus_pi._printable import printable
+from opacus_pi.cli.encoding import printing_all
 from opacus_pi.cli.errors import (
     BAD_INPUT,
     DONE,
@@ -36,6 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: see ``opacus-pi --help``.
     """
     try:
+        with printing_all():
+            return _run(arguments)
+    except BrokenPipeError:
+        # The reader, such as head, has closed the pipe. Python would fail again when it
+        # flushes the standard output at exit, so that goes to the null device.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run one command, as ``main`` does, on streams that print everything."""
+    try:
         options = parse(arguments)
     except SystemExit as end:  # the parser has printed help or what is wrong
         return int(end.code or 0)
@@ -47,10 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = import_module(f"opacus_pi.cli.{options.command}")
             return int(command.run(options))
     except BrokenPipeError:
-        # The reader, such as head, has closed the pipe. Python would fail again when it
-        # flushes the standard output at exit, so that goes to the null device.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        raise
     except KeyboardInterrupt:
         return _report(options, "interrupted", INTERRUPTED)
     except Exception as error:  # models and data sets are the user's code: anything

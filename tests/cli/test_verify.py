@@ -22,6 +22,7 @@ from opacus_pi.files.weights_file import write_weights
 from opacus_pi.integration.checkpoints import CHECKPOINT_KEY
 from opacus_pi.recording.weights import save_weights
 from opacus_pi.unlearning.deletion_log import DeletionLog
+from opacus_pi.unlearning.log_export import export_log
 from tests.fuzz.mutations import edited_log
 from tests.unlearning.test_deletion_log import leave_unfinished_write
 from tests.unlearning.test_json_lines_log import OLD as OLD_LOG
@@ -141,6 +142,33 @@ def test_the_head_of_a_record(run, tmp_path):
         edited_log(path.read_bytes(), "DELETE FROM entries WHERE number=0")
     )
     assert run("verify", path)[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["log", "export", "lines"])
+def test_a_pasted_head_is_recognised_and_half_of_one_is_not(run, tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "lines":
+        path.write_bytes(OLD_LOG.read_bytes())
+        head = json.loads(path.read_bytes().splitlines()[-1])["hash"]
+    else:
+        log = DeletionLog(tmp_path / "log")
+        head = log.append("request", {"indices": [1]}, name="a").hash
+        if kind == "export":
+            export_log(log, path)
+    for pasted in (head, head.upper(), f"  {head}\n", f"\t{head.title()} "):
+        code, out, err = run("verify", path, pasted)
+        assert (code, err) == (0, "") and "HEAD is the hash of the last entry" in out
+    for wrong in (
+        head[:-1],
+        head + "0",
+        "0x" + head[2:],
+        "",
+        f"{head[:8]}...{head[-4:]}",
+    ):
+        code, out, err = run("verify", path, wrong)
+        assert code == 2 and not out and len(err.splitlines()) == 1
+        assert f"HEAD: {wrong!r} is not a hash of 64 digits" in err
+        assert "Copy the whole hash" in err
 
 
 def test_a_log_of_json_lines(run, tmp_path):
@@ -295,10 +323,10 @@ def test_bad_arguments(run, tmp_path):
     assert code == 2 and "FILE: no such file" in err
     code, _, err = run("verify", tmp_path)
     assert code == 2 and "is a directory. Name one file in it" in err
-    code, _, err = run("verify", "ledger.safetensors", "abc")
+    code, _, err = run("verify", "ledger.safetensors", 64 * "a")
     assert code == 2 and "HEAD: only a deletion log has a head, but" in err
     trace(tmp_path / "trace.json", None)
-    code, _, err = run("verify", tmp_path / "trace.json", "abc")
+    code, _, err = run("verify", tmp_path / "trace.json", 64 * "a")
     assert code == 2 and "HEAD: only a deletion log has a head" in err
 
 
