@@ -150,7 +150,20 @@ class RunChecks:
     def __init__(self) -> None:
         self._recorder: Recorder | None = None
         self._reasons: list[str] = []
-        self._earlier_steps = 0
+        self._module: Callable[[], nn.Module | None] = _no_module
+        # Recorded before the present run began: all, those that the accountant counts,
+        # and those of each model that still exists.
+        self._earlier_steps = self._earlier_counted = 0
+        self._steps_of: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy holds: no models, which are not those of the copy."""
+        kept = vars(self).keys() - {"_module", "_steps_of"}
+        return {name: vars(self)[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with what ``__getstate__`` returned."""
+        vars(self).update(vars(RunChecks()) | state)
 
     def add(self, reason: str | None) -> None:
         """Keep a reason for the run that is about to begin.
@@ -180,17 +193,31 @@ class RunChecks:
         if reasons and self._recorder is not None and self._recorder.strict:
             raise AccountingError(reasons[0])
 
-    def begin(self, recorder: Recorder, *, steps_before: int) -> None:
+    def begin(
+        self,
+        recorder: Recorder,
+        module: Callable[[], nn.Module | None],
+        *,
+        steps_before: int,
+        were_counted: bool = True,
+    ) -> None:
         """Apply the reasons that were kept to a run that has just begun.
 
         Args:
             recorder: The recorder of the new run.
+            module: Returns the user's module of the new run, if it still exists.
             steps_before: Updates that it had recorded before it began. A run that
                 was loaded goes on counting; one that starts again forgets them.
+            were_counted: Whether the accountant counts those updates.
         """
         if recorder.num_steps < steps_before:
             self._earlier_steps += steps_before
-        self._recorder = recorder
+            self._earlier_counted += steps_before if were_counted else 0
+            before = self._module()
+            if before is not None:
+                steps = self._steps_of.get(before, 0)
+                self._steps_of[before] = steps + steps_before
+        self._recorder, self._module = recorder, module
         reasons, self._reasons = self._reasons, []
         for reason in reasons:
             recorder.refuse(reason)
@@ -248,16 +275,55 @@ class RunChecks:
                 "Train from the start with this engine, or resume from a checkpoint "
                 "that it has saved itself."
             )
-        return (
-            f"The ledger holds {recorded} updates, but there were more: the accountant "
-            f"has counted {num_counted}, and {self._earlier_steps} were recorded "
-            "before the last make_private or make_monitored call. Either the engine "
-            "made updates that are not in the ledger, perhaps of another model, or the "
-            "accountant was charged for something else (accountant.step). Which of "
-            "them is not known, so no number is given. Use one engine for each run, "
-            "also for each trial of a search, resume from checkpoints that it saved "
-            "itself, and count other releases with an accountant of their own."
+        charged = num_counted - self._earlier_counted - (recorded if is_private else 0)
+        return self._parts_left_out(recorded, charged)
+
+    def _parts_left_out(self, recorded: int, num_charged: int) -> str:
+        """Say what the updates that a ledger lacks were, and what to do.
+
+        Args:
+            recorded: Updates that the ledger holds.
+            num_charged: Updates that the accountant has counted, beside all that the
+                engine has recorded.
+        """
+        module = self._module()
+        same = 0 if module is None else self._steps_of.get(module, 0)
+        other = self._earlier_steps - same
+        found, remedies = [], []
+        if same:
+            found.append(
+                f"{same} were made before this model was prepared again, which began a "
+                "new ledger."
+            )
+            remedies.append(
+                "To go on with a training, keep what the first call of make_private or "
+                "make_monitored returned, or resume from a checkpoint of this engine."
+            )
+        if other:
+            found.append(f"{other} were of another model that this engine prepared.")
+            remedies.append(
+                "Use one engine for each model, also for each trial of a search."
+            )
+        if num_charged > 0:
+            found.append(
+                f"{num_charged} were counted by the accountant, but not recorded: it "
+                "was charged for something else, such as by accountant.step, by "
+                "another engine that has the same accountant, or by a checkpoint of "
+                "plain Opacus."
+            )
+            remedies.append("Count other releases with an accountant of their own.")
+        return " ".join(
+            [
+                f"The ledger holds {recorded} updates, but there were more.",
+                *found,
+                "So no number is given of this ledger.",
+                *remedies,
+            ]
         )
+
+
+def _no_module() -> None:
+    """Stand in for a reference to a module before the first run."""
 
 
 # --------------------------------------------------------- between two updates of a run

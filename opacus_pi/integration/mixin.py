@@ -410,9 +410,14 @@ class PerInstanceMixin(RecordedEngine):
         update = None if self._run is None else self._run.present_update()
         if update is not None:
             update.is_superseded = True
-        self._run = run
+        before, self._run = self._run, run
         self.checkpoints.begin(run.run_state, run.tracker)
-        self.checks.begin(self.recorder, steps_before=steps_before)
+        self.checks.begin(
+            self.recorder,
+            run.module,
+            steps_before=steps_before,
+            were_counted=before is None or before.is_private,
+        )
         self.recorder.refuse_while(self._missing_updates)
 
 

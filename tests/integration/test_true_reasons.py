@@ -1,5 +1,6 @@
 """Each refusal, and each row of an audit, names the cause that is true."""
 
+import copy
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -330,3 +331,72 @@ def test_trainings_in_two_threads_say_nothing_of_each_other():
     for engine, _ in runs:
         names = {link.name for link in engine.ledger.custody.unchecked}
         assert names <= {"loss"}
+
+
+# ---------------------------------------------------------- several runs of one engine
+def prepared_again(run, net):
+    """Prepare a model with the engine of a run, and train it for an epoch."""
+    return Run(net, engine=lambda: run.engine).epoch()
+
+
+SAME, OTHER, CHARGED = (
+    "4 were made before this model was prepared again",
+    "4 were of another model that this engine prepared",
+    "1 were counted by the accountant, but not recorded",
+)
+
+
+def another_model(run):
+    return prepared_again(run, two_layers())
+
+
+def the_same_model(run):
+    run.model.remove_hooks()
+    return prepared_again(run, run.net)
+
+
+def the_same_after_another(run):
+    prepared_again(run, two_layers())
+    run.model.remove_hooks()
+    return prepared_again(run, run.net)
+
+
+def another_release(run):
+    run.engine.accountant.step(noise_multiplier=1.0, sample_rate=0.1)
+    return run
+
+
+def all_of_them(run):
+    return another_release(the_same_after_another(run))
+
+
+@pytest.mark.parametrize(
+    ("loop", "said"),
+    [
+        (another_model, {OTHER}),
+        (the_same_model, {SAME}),
+        (the_same_after_another, {SAME, OTHER}),
+        (another_release, {CHARGED}),
+        (all_of_them, {SAME, OTHER, CHARGED}),
+    ],
+)
+def test_updates_that_a_ledger_lacks_are_named(loop, said):
+    run = loop(Run(two_layers()).epoch())
+    with pytest.raises(AccountingError, match="The ledger holds 4 updates") as caught:
+        _ = run.engine.ledger
+    text = str(caught.value)
+    assert {found for found in (SAME, OTHER, CHARGED) if found in text} == said
+    assert ("keep what the first call" in text) == (SAME in said)
+    assert ("Use one engine for each model" in text) == (OTHER in said)
+    assert ("an accountant of their own" in text) == (CHARGED in said)
+
+
+def test_two_models_that_are_prepared_before_either_is_trained_have_a_ledger():
+    run = Run(two_layers())
+    assert prepared_again(run, two_layers()).engine.ledger.mechanism.num_steps == 4
+
+
+def test_a_copy_of_an_engine_names_the_updates_too():
+    run = another_model(Run(two_layers()).epoch())
+    with pytest.raises(AccountingError, match=OTHER):
+        _ = copy.deepcopy(run.engine).ledger
