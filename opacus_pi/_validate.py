@@ -84,6 +84,21 @@ def numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:
     return real_array(name, value).astype(np.float64, copy=False)
 
 
+def one_number(*, remedy: str, **named: ArrayLike) -> None:
+    """Check that every named value is a single real number, of any size.
+
+    Args:
+        remedy: One sentence: what the caller can do.
+        **named: The arguments to check, by their public names.
+
+    Raises:
+        ValueError: If one is an array, a list, a text, a flag or None.
+    """
+    for name, value in named.items():
+        array = numbers(name, value)
+        expect(array.ndim == 0, name, repr(value), "must be one number", remedy)
+
+
 def real_array(name: str, value: ArrayLike) -> NDArray[Any]:
     """Return a value as an array of its own type, or refuse what is no real number.
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from scipy.special import erf, erfcx, ndtr
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range, numbers
+from opacus_pi._validate import expect, in_range, numbers, one_number
 
 __all__ = [
     "gaussian_delta",
@@ -140,6 +140,7 @@ def check_delta(delta: float) -> None:
     Raises:
         ValueError: If it is not in (0, 1).
     """
+    one_number(delta=delta, remedy="Call once for each delta.")
     in_range(
         0,
         1,

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range, require
+from opacus_pi._validate import expect, in_range, one_number, require
 from opacus_pi.accounting.composition import (
     PUBLISHED,
     corrected_order,
@@ -202,6 +202,14 @@ def worst_case_loss(
 
     Source: Mironov, Talwar and Zhang (arXiv:1908.10530), Section 3.
     """
+    expect(
+        isinstance(mechanism, NoisySGD),
+        "mechanism",
+        f"a {type(mechanism).__name__}",
+        "must be a NoisySGD",
+        "Pass the ledger's: worst_case_loss(ledger.mechanism, order, "
+        "steps=ledger.steps).",
+    )
     composition = composition_of(mechanism, order, "corrected", math.inf, "exact")
     is_changed = require_steps(mechanism, steps)
     rows = np.asarray(steps) if is_changed else np.array([mechanism.num_steps])
@@ -518,6 +526,7 @@ def composition_of(
         ValueError: If an argument is outside its domain, or p is so small that the
             order of the first update exceeds 1e6.
     """
+    one_number(order=order, remedy="Call once for each order.")
     in_range(1, math.inf, closed=False, order=order, remedy="Try 8.")
     expect(
         convention in CONVENTIONS,

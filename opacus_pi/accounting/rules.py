@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, numbers
 from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 
 RULES = ("right", "left", "trapezoid", "max")
@@ -67,7 +67,8 @@ def require_steps(mechanism: NoisySGD, steps: ArrayLike | None) -> bool:
         steps: The ledger's steps ``(N,)``, if they were given.
 
     Raises:
-        ValueError: If settings changed, and the steps are missing.
+        ValueError: If settings changed, and the steps are missing; or if steps are
+            given that no ledger of this run has.
     """
     changed = [name for name in SCHEDULED if np.ndim(getattr(mechanism, name))]
     expect(
@@ -77,7 +78,37 @@ def require_steps(mechanism: NoisySGD, steps: ArrayLike | None) -> bool:
         f"must be given, because training changed {', '.join(changed)}",
         "Pass the ledger's steps.",
     )
+    if steps is not None:
+        num_rows = np.size(getattr(mechanism, changed[0])) if changed else None
+        _check_steps(steps, mechanism.num_steps, num_rows)
     return bool(changed)
+
+
+def _check_steps(steps: ArrayLike, num_steps: int, num_rows: int | None) -> None:
+    """Refuse steps that are not those of a ledger.
+
+    Args:
+        steps: Updates after which its rows were written.
+        num_steps: Updates of the run.
+        num_rows: Rows of its schedules; None: there are none.
+    """
+    array, remedy = numbers("steps", steps), "Pass ledger.steps."
+    expect(
+        array.ndim == 1 and num_rows in (None, array.size),
+        "steps",
+        f"an array of shape {array.shape}",
+        "must be a flat list with one entry for each row",
+        remedy,
+    )
+    wrong = ~((array >= 0) & (array <= num_steps) & (array == np.floor(array)))
+    wrong[1:] |= ~(np.diff(array) > 0)
+    expect(
+        not wrong.any(),
+        "steps",
+        array[wrong][:1],
+        f"must be increasing whole numbers of updates, from 0 to {num_steps}",
+        remedy,
+    )
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, one_number
 from opacus_pi.accounting.composition import weighted_log_moments
 from opacus_pi.accounting.dyadic_cells import DyadicCells, halved, octaves
 
@@ -128,6 +128,7 @@ def check_tolerance(tolerance: float, num_runs: int) -> None:
     Raises:
         ValueError: If the tolerance is out of range, or there are several runs.
     """
+    one_number(tolerance=tolerance, remedy="Pass 0 for exact losses.")
     expect(
         tolerance == 0 or _LEAST <= tolerance <= 1,
         "tolerance",

@@ -190,6 +190,7 @@ def epsilon_limits(
     orders: ArrayLike | None = None,
     hoelder_p: float | None = None,
     tolerance: float | None = None,
+    composition: str = "renyi",
 ) -> Array:
     """Return upper limits of the epsilons, over the random draws of the batches.
 
@@ -206,6 +207,8 @@ def epsilon_limits(
         hoelder_p: As in ``privacy_losses``.
         tolerance: As in ``privacy_losses``. Default: 1e-3 for a run with more than
             262,144 norms (rows times examples), else 0.
+        composition: ``"renyi"``, the only one here. In ``epsilons``, those of
+            ``"numerical"`` are never above those of ``"renyi"``.
 
     Returns:
         float64 ``(n,)``, at least 0.
@@ -215,6 +218,14 @@ def epsilon_limits(
             then, or the ledger's noise was assumed.
         AccountingError: If a link of the chain of custody is broken.
     """
+    expect(
+        composition == "renyi",
+        "composition",
+        repr(composition),
+        'must be "renyi"',
+        "Leave it out: limits are computed at Rényi orders. They are limits for "
+        'epsilons(composition="numerical"), too, which are never above the others.',
+    )
     _require_one_run(ledger)
     asked = tolerance
     if tolerance is None:

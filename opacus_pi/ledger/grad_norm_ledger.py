@@ -15,7 +15,7 @@ array([[0.25],
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -474,8 +474,17 @@ def runs_of(
             examples or data set.
         AccountingError: If a link of a run's chain of custody is broken.
     """
-    runs = (ledgers,) if isinstance(ledgers, GradNormLedger) else tuple(ledgers)
+    runs: tuple[Any, ...] = (ledgers,)
+    if isinstance(ledgers, Iterable) and not isinstance(ledgers, str | Mapping):
+        runs = tuple(ledgers)
     for run in runs:
+        expect(
+            isinstance(run, GradNormLedger),
+            "ledger",
+            f"a {type(run).__name__}",
+            "must be a GradNormLedger, or a list of them",
+            "Pass engine.ledger, or load one by GradNormLedger.load(path).",
+        )
         run.require_intact()
     expect(
         len(runs) > 0, "ledger", "[]", "must contain a run", "Pass at least one ledger."
