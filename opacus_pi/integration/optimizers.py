@@ -277,6 +277,7 @@ class _ReportingOptimizer(DPOptimizer):
         An update whose step the loop has made by itself ends here.
         """
         self._pi_update.finish_if_written(waits=False)
+        self._pi_update.gradients_were_cleared()
         self._pi_written.forget(sums=not has_skipped_last_step(self))
         super().zero_grad(*args, **options)
 

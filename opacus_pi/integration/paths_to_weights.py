@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from opacus.grad_sample import AbstractGradSampleHooks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
@@ -50,6 +50,8 @@ from opacus_pi.integration.opacus_compat import (
     keep_handle,
     module_of,
 )
+from opacus_pi.integration.outside_calls import OutsideCalls
+from opacus_pi.integration.reporting_hook import ReportingHook
 from opacus_pi.models.batches import tensors_of
 from opacus_pi.models.copies import is_hook_of_opacus
 
@@ -84,11 +86,14 @@ class PathsToWeights:
     Args:
         hooks: What ``make_private`` returned for the model; referred to weakly.
         chain: Its link "norm" breaks; the first reason is enough.
+        outside: Is told of the calls of layers in these passes.
     """
 
-    def __init__(self, hooks: AbstractGradSampleHooks, chain: Chain) -> None:
+    def __init__(
+        self, hooks: AbstractGradSampleHooks, chain: Chain, outside: OutsideCalls
+    ) -> None:
         self._module = weakref.ref(module_of(hooks))
-        self._chain = chain
+        self._chain, self._outside = chain, outside
         self._num_passes = 0
         self._since = 0  # number of the first node that can be judged
         # of the layers that have a parameter, by its id
@@ -140,7 +145,7 @@ class PathsToWeights:
         if module is None:
             return
         self._since, self._ranges, self._calls = _next_number(), {}, []
-        for layer in module.modules():
+        for name, layer in module.named_modules():
             if not any(map(is_hook_of_opacus, backward_hooks(layer).values())):
                 continue
             for table in (forward_pre_hooks(layer), forward_hooks(layer)):
@@ -148,14 +153,15 @@ class PathsToWeights:
             ranges: list[_Range] = []
             for parameter in layer.parameters():
                 self._ranges.setdefault(id(parameter), []).append(ranges)
-            call = _Call(ranges)
+            call = _Call(self._outside, name, ranges)
             self._calls.append(call)
             # torch repeats the call of some layers, with the forward hooks of the user
             is_first = not has_functional_copy(layer)
             self._handles += [
                 layer.register_forward_pre_hook(call.begins),
-                layer.register_forward_hook(call.ends, prepend=is_first),
+                layer.register_forward_hook(call, prepend=is_first),
             ]
+        self._handles += self._outside.begin(module)
         for handle in self._handles:
             keep_handle(module, handle)
 
@@ -183,14 +189,22 @@ class PathsToWeights:
         return outside
 
 
-class _Call:
+class _Call(ReportingHook):
     """Notes which nodes were made in a layer's ``forward``; copies of it do nothing.
 
     Args:
+        outside: As for ``ReportingHook``; is told of the call when it has ended.
+        name: The layer's.
         ranges: Where the numbers of the nodes are appended.
     """
 
-    def __init__(self, ranges: list[_Range] | None = None) -> None:
+    def __init__(
+        self,
+        outside: OutsideCalls | None = None,
+        name: str = "",
+        ranges: list[_Range] | None = None,
+    ) -> None:
+        super().__init__(outside, name)
         self._ranges = ranges
         self._begun: list[int] = []  # several, if a layer calls itself
 
@@ -199,13 +213,17 @@ class _Call:
         if self._ranges is not None and _is_followed():
             self._begun.append(_next_number())
 
-    def ends(self, *_: Any) -> None:
+    def __call__(self, layer: nn.Module, _: Any, output: Any) -> None:
+        """Note that a call has ended, and report it."""
+        self.ends()
+        outside = self.owner
+        if outside is not None and _is_followed():
+            outside.saw(self.about, layer, output)
+
+    def ends(self) -> None:
         """Note the number at which the call ended."""
         if self._ranges is not None and self._begun and _is_followed():
             self._ranges.append((self._begun.pop(), _next_number()))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Call, ()
 
 
 def _is_followed() -> bool:

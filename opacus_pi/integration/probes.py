@@ -50,6 +50,7 @@ from opacus_pi.integration.opacus_compat import (
     module_of,
     removable_handles,
 )
+from opacus_pi.integration.outside_calls import OutsideCalls
 from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.integration.two_passes import TwoPasses
 from opacus_pi.integration.unequal_calls import UnequalCalls
@@ -211,7 +212,10 @@ def called_module(hooks: AbstractGradSampleHooks) -> nn.Module:
 
 
 def probe_losses(
-    criterion: DPLossFastGradientClipping, chain: Chain, tracker: Tracker
+    criterion: DPLossFastGradientClipping,
+    chain: Chain,
+    tracker: Tracker,
+    outside: OutsideCalls,
 ) -> TwoPasses | None:
     """Have a criterion probed when it is called, and its targets compared.
 
@@ -220,6 +224,7 @@ def probe_losses(
             class is replaced.
         chain: The chain of custody of the run.
         tracker: Knows the samples of the forward passes.
+        outside: Is told of the calls of layers.
 
     Returns:
         What compares both backward passes, which reports when it is asked to. None:
@@ -245,7 +250,7 @@ def probe_losses(
             criterion.module, chain, is_mean=criterion.loss_reduction == "mean"
         )
     criterion._pi_checks = _BackwardChecks(
-        PathsToWeights(criterion.module, chain), passes, layers, tracker
+        PathsToWeights(criterion.module, chain, outside), passes, layers, tracker
     )
     criterion._pi_loss_factors = LossFactors(
         chain,

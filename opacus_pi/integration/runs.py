@@ -40,6 +40,7 @@ from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.lost_gradients import LostGradients
 from opacus_pi.integration.opacus_compat import DISTRIBUTED, module_of
 from opacus_pi.integration.optimizers import report_updates
+from opacus_pi.integration.outside_calls import OutsideCalls
 from opacus_pi.integration.own_samplers import own_samplers
 from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.integration.probes import (
@@ -208,9 +209,10 @@ class PreparedRun:
         self.model_probe = new_model_probe(
             recorder, hooks, batch_first=hooks.batch_first
         )
+        self.outside_calls = OutsideCalls(hooks, self.tracker, self.chain)
         self.paths: PathsToWeights | None = None
         if takes_per_example_gradients(hooks):
-            self.paths = PathsToWeights(hooks, self.chain)
+            self.paths = PathsToWeights(hooks, self.chain, self.outside_calls)
         self.lost: LostGradients | None = None
         if self.processes is None:
             self.lost = new_lost_gradients(hooks, self.optimizer, self.chain)
@@ -335,6 +337,7 @@ class PreparedRun:
         )
         update.model_probe, update.loss_probe = self.model_probe, self.loss_probe
         update.paths, update.calls = self.paths, self.calls
+        update.outside_calls = self.outside_calls
         update.swept = self._swept
         if renyi_filter is not None:
             layers = batch_norms(self.hooks)
@@ -387,7 +390,9 @@ class PreparedRun:
             self.chain.leave_unchecked("norm", registered, warn=False)
         criterion = self._preparation.criterion
         if criterion is not None:
-            update.passes = probe_losses(criterion, self.chain, self.tracker)
+            update.passes = probe_losses(
+                criterion, self.chain, self.tracker, self.outside_calls
+            )
         if self.lost is not None:
             self.tracker.saw_backward.append(self.lost.backward_began)
             self.tracker.forgot_passes.append(self.lost.gradients_were_cleared)

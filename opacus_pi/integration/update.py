@@ -38,6 +38,7 @@ from opacus_pi.integration.earlier_updates import say_earlier_updates
 from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.loop_loss import LoopLoss
 from opacus_pi.integration.lost_gradients import LostGradients
+from opacus_pi.integration.outside_calls import OutsideCalls
 from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.integration.swept_model import SweptModel
 from opacus_pi.integration.trained_outside import TrainedOutside
@@ -88,6 +89,8 @@ class UpdateUnderWay:
         paths: Finds weights that are used outside of their layers' calls; None: it does
             not, or the criterion of ghost clipping keeps it.
         calls: Compares the calls of layers in each forward pass; None: nothing does.
+        outside_calls: Finds layers that run outside of the model's forward pass; None:
+            nothing does.
         passes: Compares both backward passes of ghost clipping; None: nothing does.
         trained_outside: Finds tensors outside of the model that the loss trains; None:
             nothing looks for them.
@@ -115,6 +118,7 @@ class UpdateUnderWay:
     loss_probe: ModelLossProbe | None = None
     paths: PathsToWeights | None = None
     calls: UnequalCalls | None = None
+    outside_calls: OutsideCalls | None = None
     passes: TwoPasses | None = None
     trained_outside: TrainedOutside | None = None
     lost: LostGradients | None = None
@@ -169,6 +173,8 @@ class UpdateUnderWay:
         passes = self.tracker.take_attributed(sizes, clipped_only=clipped_only)
         if self.lost is not None:
             self.lost.gradients_were_used()
+        if self.outside_calls is not None:
+            self.outside_calls.gradients_were_used()
         if self.loop_loss is not None:
             self.loop_loss.compare(passes, norms)
         # nearly always: one batch as it was delivered, whose indices are distinct
@@ -226,6 +232,11 @@ class UpdateUnderWay:
         self._examples.append(indices)
         if len(indices) and not self.is_superseded:
             self.recorder.report(indices, norms)
+
+    def gradients_were_cleared(self) -> None:
+        """Forget what was noted of gradients that will not enter an update."""
+        if self.outside_calls is not None:
+            self.outside_calls.gradients_were_cleared()
 
     def is_drawn_again(self, optimizer: DPOptimizer) -> bool:
         """Return whether noise is about to be drawn that was drawn before.
