@@ -20,6 +20,7 @@ NEEDS = (
     (".to_frame(", "pandas"),
     ("import Accel", "accelerate"),
     ("from transformers import", "transformers"),
+    ("from datasets import", "datasets"),
     ("import PrivacyCallback", "accelerate"),
 )
 API = {page: page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md")}

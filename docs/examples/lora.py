@@ -37,7 +37,7 @@ def main() -> None:
         optimizer=torch.optim.AdamW(trained, lr=1e-2),
         data_loader=DataLoader(data_set, batch_size=128),
         noise_multiplier=0.7,
-        max_grad_norm=2.0,
+        max_grad_norm=5.0,
         wrap_model=False,
     )
     for _ in range(12):

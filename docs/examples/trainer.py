@@ -24,7 +24,7 @@ def main() -> None:
     data_set, model = Sentences(), tiny_bert()
     engine = PrivacyEngine(accountant="rdp")
     private = PrivacyCallback(
-        engine, noise_multiplier=0.7, max_grad_norm=2.0, criterion=CRITERION
+        engine, noise_multiplier=0.7, max_grad_norm=5.0, criterion=CRITERION
     )
     arguments = TrainingArguments(
         tempfile.mkdtemp(),

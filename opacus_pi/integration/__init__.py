@@ -17,6 +17,7 @@ from opacus.accountants import register_accountant
 
 from opacus_pi._promised import promise
 from opacus_pi.integration.accountants import PerInstanceAccountant
+from opacus_pi.integration.checkpoints import ledger_in_checkpoint
 from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.integration.grad_sample import GradSampleModule
 from opacus_pi.integration.group_accountant import GroupAccountant
@@ -28,6 +29,7 @@ __all__ = [
     "PerInstanceAccountant",
     "PerInstanceMixin",
     "PrivacyEngine",
+    "ledger_in_checkpoint",
 ]
 
 # force: a module that is reloaded registers its new class under the same name.

@@ -9,7 +9,6 @@ afterwards. It reads ledgers only; nothing is trained.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
@@ -33,14 +32,6 @@ PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
 _UNKNOWN = Guarantee("an unlearning method that was not named", ())
 _INSTEAD = "\nAn exact rewind has ε = 0{how}"
 _HOW = ", if the training saved states (Recorder(checkpoints=...))."
-_TIED = (
-    "{outside} examples outside the forget set have, up to rounding, the same privacy "
-    "loss as one in it. If you chose the set by loss, the choice among them is "
-    "arbitrary and says nothing about their difficulty. No loss exceeds the worst "
-    "case, that of an example that is clipped in every update; larger estimates are "
-    "replaced by it. A lower order, or training with a larger max_grad_norm, may "
-    "separate such examples."
-)
 
 
 @dataclass(frozen=True, repr=False)
@@ -267,8 +258,6 @@ def make_plan(
     Raises:
         ValueError: If there is no run, the indices are bad, there was no noise and
             none is assumed, or the length of an unfinished run is missing.
-
-    Warns if examples tie across the edge of a set that looks chosen by loss.
     """
     if not runs:
         raise ValueError(
@@ -381,19 +370,15 @@ def _num_unfinished(past_runs: Sequence[PastRun]) -> int:
 def _num_equal(losses: NDArray[np.float64], forget: NDArray[np.int64]) -> int:
     """Return the number of examples outside a set with the loss of one in it.
 
-    Warns if the set looks chosen by loss: no other example lies strictly within the
-    range of its losses. A set that was chosen otherwise almost never looks like that.
+    No warning: whether the set was chosen by loss is not known here. ``top_k`` and
+    ``difficulty_strata``, which choose by loss, warn that the choice is arbitrary.
 
     Args:
         losses: Losses of all examples, ``(n,)``.
         forget: Positions of the set in ``losses``.
     """
     own, others = _levels(losses, forget)
-    outside = int(np.isin(others, own).sum())
-    by_loss = not ((own.min() < others) & (others < own.max())).any()
-    if outside and by_loss and len(own) > 1:
-        warnings.warn(_TIED.format(outside=outside), stacklevel=4)
-    return outside
+    return int(np.isin(others, own).sum())
 
 
 def _levels(

@@ -396,9 +396,6 @@ class Unlearner:
                 training added no noise and none is assumed; with ``checkpoints`` also
                 as ``plan_rewind``.
             AccountingError: With ``checkpoints``, as ``plan_rewind``.
-
-        Warns if the set seems to be chosen by loss and an example outside it has the
-        same loss as one inside.
         """
         check_delta(delta)
         plan = make_plan(
