@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from opacus_pi._errors import AccountingError
 from opacus_pi.cli.errors import BadInput, about, one_line
 from opacus_pi.cli.imports import CRITERION, DATA_SET, MODEL, import_object
-from opacus_pi.files.arrays_file import is_archive
 from opacus_pi.files.regular_file import require_readable_once, require_regular
 from opacus_pi.files.torch_file import read_torch_file
 from opacus_pi.files.weights_file import read_plain_weights
@@ -118,7 +117,9 @@ def _have_equal_norms(one: GradNormLedger, other: GradNormLedger) -> bool:
 def _load_ledger(path: Path) -> GradNormLedger:
     """Load a ledger from its own file, or from a checkpoint of its run."""
     require_regular(path)
-    return ledger_in_checkpoint(path) if is_archive(path) else GradNormLedger.load(path)
+    with path.open("rb") as file:
+        is_archive = file.read(2) == b"PK"
+    return ledger_in_checkpoint(path) if is_archive else GradNormLedger.load(path)
 
 
 def read_indices(

@@ -30,11 +30,6 @@ from opacus_pi.files.regular_file import require_regular
 
 Arrays = dict[str, NDArray[Any]]
 _AGAIN = "Write the file again, or restore it from a copy."
-_OTHER = "It is truncated, or another kind of file."
-_ARCHIVE = (
-    "It is an archive of torch.save. If it is a checkpoint of an engine, "
-    "opacus_pi.integration.ledger_in_checkpoint reads its ledger."
-)
 _OWN_FACTS = {"kind", "version"}
 # The length of a file proves the size of an array, unless the array has no entries:
 # its other axes could then claim any length, and filling defaults would run out of
@@ -293,18 +288,8 @@ def opened(
     except (SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(
             f"path must be a whole file with {kind.words}, got {name} ({error}). "
-            + (_ARCHIVE if is_archive(name) else f"{_OTHER} {_AGAIN}")
+            f"It is truncated, or another kind of file. {_AGAIN}"
         ) from error
-
-
-def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file is an archive, as ``torch.save`` writes one.
-
-    Args:
-        path: The file's name.
-    """
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
 
 
 def named_kind(path: str | os.PathLike[str]) -> str | None:

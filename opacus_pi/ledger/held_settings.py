@@ -58,8 +58,14 @@ def settings_of(holder: Any, read: Collection[int]) -> tuple[list[str], bool]:
 
 
 def _counts(name: str) -> bool:
-    """Return whether an attribute is a setting; transforms are compared elsewhere."""
+    """Return whether an attribute is a setting; transforms are compared elsewhere.
+
+    The package ``datasets`` keeps a hash of how a data set was made. It is another one
+    after any call, also after one that changes nothing, as a ``Trainer`` makes it.
+    """
     lower = name.lower()
+    if name == "_fingerprint":
+        return False
     return not any(part in lower for part in ("cache", "transform", "augment"))
 
 

@@ -112,9 +112,9 @@ def test_opacus_checkpoint_in_ours_is_loaded_and_not_taken_for_the_whole():
     ours.train(1)
     assert ours.engine.recorder.num_steps == 4
     assert ours.engine.get_epsilon(1e-3) > 0
-    with pytest.raises(AccountingError, match="accountant has counted 8"):
+    with pytest.raises(AccountingError, match="4 were counted by the accountant"):
         ours.engine.privacy_losses(2)
-    with pytest.raises(AccountingError, match="accountant has counted 8"):
+    with pytest.raises(AccountingError, match="4 were counted by the accountant"):
         _ = ours.engine.ledger
 
 

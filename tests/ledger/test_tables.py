@@ -55,6 +55,11 @@ def test_the_same_examples_in_the_same_order_are_recognised(other):
     assert same(one, other(one))
 
 
+def test_a_call_that_changes_nothing_changes_no_setting():
+    one = texts()
+    assert fingerprint(one.remove_columns([])) == fingerprint(one)
+
+
 def _back(shuffled, one):
     place = {name: i for i, name in enumerate(shuffled["person"])}
     return [place[name] for name in one["person"]]
