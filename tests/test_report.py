@@ -202,8 +202,58 @@ def test_a_rewind_is_described_in_words(tmp_path, num_steps, state):
     write_report(path, ledger=make_ledger(), result=result, oracle=oracle)
     words = Page(path.read_text()).text
     assert f"went back to the state {state} updates made again {num_steps}" in words
-    assert "requests r-1" in words and "retrained near" in words
+    assert "requests r-1" in words and "retrained like retrained" in words
     assert "0.10 0.11 ± 0.014 yes" in words and "epochs until near" not in words
+
+
+@pytest.mark.parametrize(
+    ("after", "oracle", "like", "cell"),
+    [
+        (0.40, [0.8, 0.8, 0.54], True, "yes"),  # inside the spread of the others
+        (-0.4, [0.8, 0.8, 0.54], False, "no"),
+        (0.76, [0.8], True, "yes"),  # within the tolerance
+        (0.40, [0.8, 0.6], None, "not judged"),  # two models: the spread is unknown
+        (0.40, [0.8] * 5, None, "not judged"),
+    ],
+)
+def test_a_run_is_judged_by_the_spread_of_retrained_models(
+    tmp_path, after, oracle, like, cell
+):
+    trace = UnlearningTrace([0, 1], {"forget_loss": [1.9, after]})
+    result = replace(make_result(), trace=trace)
+    page, facts = read(
+        tmp_path / "r.html",
+        ledger=make_ledger(),
+        result=result,
+        oracle={"forget_loss": oracle},
+    )
+    (line,) = facts["unlearning"]["metrics"]
+    assert line["is_like_retrained"] is like
+    assert f" {cell} " in page.text
+    near = abs(after - np.mean(oracle)) <= 0.05  # the paper's number is as it was
+    assert line["time"] == (1 if near else "inf")
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        (
+            {"method": "exact rewind", "forgotten_before": [3, 5], "num_kept_exact": 0},
+            "examples that are exactly forgotten all of them, 3",
+        ),
+        (
+            {"method": "filtered rewind", "num_kept_exact": 1},
+            "examples that are exactly forgotten 1, by earlier rewinds",
+        ),
+        ({"method": "filtered rewind", "num_kept_exact": 0}, None),
+        ({"method": "FineTune()"}, None),
+    ],
+)
+def test_a_page_says_how_many_examples_are_exactly_forgotten(tmp_path, facts, words):
+    record = {"forget_indices": [3, 17], "forgotten_before": [], **facts}
+    result = replace(make_result(), record=record)
+    page, _ = read(tmp_path / "r.html", ledger=make_ledger(), result=result)
+    assert words in page.text if words else "exactly forgotten" not in page.text
 
 
 def test_a_ranking_has_no_epsilon(tmp_path):

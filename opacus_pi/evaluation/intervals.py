@@ -69,6 +69,39 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> ConfidenceI
     return ConfidenceInterval(mean, mean - float(margin), mean + float(margin))
 
 
+def prediction_margin(values: ArrayLike, *, confidence: float = 0.95) -> float:
+    """Compute how far one more value may be from the mean of independent values.
+
+    The prediction interval is Student's: the mean plus or minus the margin.
+
+    >>> prediction_margin([1.0, 2.0, 3.0])  # doctest: +ELLIPSIS
+    4.968...
+
+    Args:
+        values: At least two numbers, ``(k,)``.
+        confidence: Coverage of the interval if the values and the new one are normally
+            distributed.
+
+    Returns:
+        The margin, in the unit of the values.
+
+    Raises:
+        ValueError: If there are fewer than two values, one is not finite, or
+            ``confidence`` is outside (0, 1).
+    """
+    array = numbers("values", values).ravel()
+    expect(
+        array.size > 1 and bool(np.isfinite(array).all()),
+        "values",
+        array,
+        "must contain at least two finite numbers",
+        "Pass the metric's value for every seed.",
+    )
+    in_range(0, 1, closed=False, remedy="0.95 is usual.", confidence=confidence)
+    quantile = stats.t.ppf((1 + confidence) / 2, array.size - 1)
+    return float(quantile * array.std(ddof=1) * np.sqrt(1 + 1 / array.size))
+
+
 def epsilon_interval(
     false_positives: int,
     num_negatives: int,

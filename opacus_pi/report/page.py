@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from opacus_pi._printable import printable
 from opacus_pi.accounting.guarantee import rounded_up
-from opacus_pi.report.run import TOLERANCE
+from opacus_pi.report.run import CONFIDENCE, EXACT_REWIND, MIN_ORACLES, TOLERANCE
 from opacus_pi.report.scores import (
     grouped,
     has_limits,
@@ -25,7 +25,7 @@ from opacus_pi.report.scores import (
 )
 
 Facts = Mapping[str, Any]
-_REWINDS = ("exact rewind", "filtered rewind")
+_REWINDS = (EXACT_REWIND, "filtered rewind")
 # Names of settings in a record that are no words for a reader.
 _LABELS = {
     "started": "started at (UTC)",
@@ -34,7 +34,6 @@ _LABELS = {
     "num_epochs": "epochs of this run",
     "seconds": "duration in seconds",
     "policy": "deletion policy",
-    "num_kept_exact": "examples that stay exactly forgotten",
     "num_examples": "examples passed through training",
     "num_evaluated": "examples evaluated",
 }
@@ -70,6 +69,8 @@ def render(
             limits=[("ε at most", "at_most")] if has_limits(facts) else [],
             ties=tie_sentence(facts),
             tolerance=f"{TOLERANCE:g}",
+            confidence=f"{100 * CONFIDENCE:g} %",
+            min_oracles=MIN_ORACLES,
             distribution_pictures=distribution_pictures,
             trace_pictures=trace_pictures,
             **rows,
@@ -240,8 +241,8 @@ def _run_rows(run: Facts) -> dict[str, Any]:
 
     Returns:
         The arguments of the template: ``forgotten`` and ``settings``, values by name;
-        ``goes_back``, whether it was a rewind; ``metrics`` and ``barriers``, lists of
-        rows.
+        ``goes_back`` and ``is_exact``, whether it was a rewind and an exact one;
+        ``metrics`` and ``barriers``, lists of rows.
     """
     forget = run["forget_set"]
     forgotten = {
@@ -249,6 +250,11 @@ def _run_rows(run: Facts) -> dict[str, Any]:
         "examples to forget": forget["size"],
         "examples forgotten before": forget["forgotten_before"],
     }
+    if "exactly_forgotten" in forget:
+        exactly, is_all = forget["exactly_forgotten"], run["method"] == EXACT_REWIND
+        forgotten["examples that are exactly forgotten"] = (
+            f"all of them, {exactly}" if is_all else f"{exactly}, by earlier rewinds"
+        )
     if "mean_loss" in forget:
         forgotten["mean loss of the forget set"] = forget["mean_loss"]
         place = forget["percentile"]
@@ -262,7 +268,8 @@ def _run_rows(run: Facts) -> dict[str, Any]:
         "forgotten": forgotten,
         "settings": _labelled(run["settings"], goes_back),
         "goes_back": goes_back,
-        "metrics": [_metric_row(metric, goes_back) for metric in run["metrics"]],
+        "is_exact": run["method"] == EXACT_REWIND,
+        "metrics": [_metric_row(metric) for metric in run["metrics"]],
         "barriers": _barrier_rows(run["barriers"]) if run["barriers"] else [],
     }
 
@@ -283,20 +290,16 @@ def _labelled(settings: Facts, goes_back: bool) -> dict[str, Any]:
     return {labels.get(n, n.replace("_", " ")): value for n, value in shown.items()}
 
 
-def _metric_row(metric: Facts, goes_back: bool) -> dict[str, Any]:
+def _metric_row(metric: Facts) -> dict[str, Any]:
     """Return the row of one metric: before, after, and of retrained models if any.
 
     Args:
         metric: An entry of ``metrics`` in the facts. ``oracle_std`` is missing or None
             unless there are at least two retrained models.
-        goes_back: Whether the run was a rewind. It has no metrics between its start and
-            its end, so the last column says only whether it ended near.
     """
     mean, deviation = metric.get("oracle_mean"), metric.get("oracle_std")
     time = metric.get("time")
-    if goes_back and mean is not None:
-        is_near = abs(float(metric["after"]) - float(mean)) <= TOLERANCE
-        time = "yes" if is_near else "no"
+    judged = {True: "yes", False: "no", None: "not judged"}
     return {
         "name": metric["name"].replace("_", " "),
         "before": metric["before"],
@@ -305,6 +308,7 @@ def _metric_row(metric: Facts, goes_back: bool) -> dict[str, Any]:
         if deviation is None
         else f"{_measured(mean)} ± {_measured(deviation)}",
         "time": "never" if time == "inf" else time,
+        "like": None if mean is None else judged[metric["is_like_retrained"]],
     }
 
 

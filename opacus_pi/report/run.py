@@ -11,16 +11,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi.accounting.guarantee import Guarantee
-from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
+from opacus_pi.evaluation.intervals import prediction_margin
+from opacus_pi.evaluation.trace import UnlearningTrace, arrived, time_to_unlearn
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.report.belonging import require_same_training
 from opacus_pi.report.scores import Scores
 from opacus_pi.unlearning.plan import percentile_of
 
-TOLERANCE = 0.05  # a run is near the retrained models when it is that close, absolute
+TOLERANCE = 0.05  # the paper's: a run is near the retrained models when it is that close
+MIN_ORACLES = 3  # with fewer, how much retrained models differ is hardly known
+CONFIDENCE = 0.95  # that one more retrained model would be judged to be like the others
 MEANING = {
     "unlearning_accuracy": "share of the forget set that is misclassified",
     "retain_accuracy": "accuracy on the retain set",
@@ -30,11 +34,13 @@ MEANING = {
     "membership_inference": "share of the forget set that an attacker calls unseen",
     "attacker_accuracy": "the attacker's own balanced accuracy; 0.5 is guessing",
 }
+EXACT_REWIND = "exact rewind"
 # Entries of a record that are not settings: the page shows the method elsewhere, and
 # must not name the forgotten examples, nor the seed from which the noise follows.
 _NOT_SETTINGS = (
     *("method", "forget_indices", "forgotten_before", "not_checked", "seed"),
     *("ledgers", "trained_weights", "unlearned_weights", "files", "finished"),
+    "num_kept_exact",
 )
 
 
@@ -134,15 +140,22 @@ def run_facts(
 def _forget_set(record: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
     """Return the size of the forget set, and its difficulty if that is known.
 
-    It is known only if the ledger contains every example of the set.
+    It is known only if the ledger contains every example of the set. An exact rewind
+    forgets its set and all earlier ones exactly; another run only keeps what earlier
+    exact rewinds have done.
 
     Args:
         record: The record of the run, which lists the forgotten examples.
         scores: The per-example numbers.
     """
     forget = np.asarray(record.get("forget_indices", []), dtype=np.int64)
-    before = len(record.get("forgotten_before", []))
-    facts: dict[str, Any] = {"size": len(forget), "forgotten_before": before}
+    before = record.get("forgotten_before", [])
+    facts: dict[str, Any] = {"size": len(forget), "forgotten_before": len(before)}
+    exactly = record.get("num_kept_exact")
+    if record.get("method") == EXACT_REWIND:
+        exactly = len({*forget.tolist(), *before})
+    if exactly:
+        facts["exactly_forgotten"] = exactly
     if len(forget) and np.isin(forget, scores.ids).all():
         columns = np.flatnonzero(np.isin(scores.ids, forget))
         facts["mean_loss"] = float(scores.losses[columns].mean())
@@ -178,7 +191,7 @@ def _metrics(
 def _oracle_facts(
     trace: UnlearningTrace, name: str, oracle: Mapping[str, ArrayLike]
 ) -> dict[str, Any]:
-    """Return a metric of retrained models, and when the run first came near it.
+    """Return a metric of retrained models, and how near the run came to it.
 
     Args:
         trace: The metrics of the run over time.
@@ -188,9 +201,11 @@ def _oracle_facts(
     Returns:
         Mean, standard deviation (None for a single model) and number of the retrained
         models' values; the time and its unit, ``inf`` if the run never came within the
-        tolerance.
+        tolerance; and ``is_like_retrained``, whether the model after the run is where
+        one more retrained model would be.
     """
     time = time_to_unlearn(trace, oracle, metric=name, tolerance=TOLERANCE)
+    near = arrived(trace, oracle, metric=name, tolerance=TOLERANCE)
     values = np.asarray(oracle[name], dtype=np.float64).ravel()
     return {
         "oracle_mean": values.mean(),
@@ -198,4 +213,25 @@ def _oracle_facts(
         "num_oracles": len(values),
         "time": time,
         "unit": trace.unit,
+        "is_like_retrained": bool(near[-1])
+        or _is_like_retrained(trace.metrics[name][-1], values),
     }
+
+
+def _is_like_retrained(value: float, oracle: NDArray[np.float64]) -> bool | None:
+    """Return whether a value is where one more retrained model's would be.
+
+    It is, if it is inside the 95 % prediction interval of the retrained models.
+
+    Args:
+        value: Of the model after the run, not within the tolerance of their mean.
+        oracle: Those of retrained models, float64 ``(k,)``.
+
+    Returns:
+        None, not judged, if there are fewer than three retrained models, or all of them
+        have the same value: how much they differ is not known then.
+    """
+    if len(oracle) < MIN_ORACLES or not np.ptp(oracle) > 0:
+        return None
+    margin = prediction_margin(oracle, confidence=CONFIDENCE)
+    return abs(value - float(oracle.mean())) <= margin
