@@ -359,8 +359,8 @@ def _require_numbers_of(
             )
         if value.layout == torch.strided and bool(value.isnan().any()):
             raise BadInput(
-                f"{where}: {name} contains NaN, so the training has diverged. Name "
-                "weights from before that."
+                f"{where}: {name} contains NaN, so the training has diverged, or an "
+                "item of the data set contains NaN. Name weights from before that."
             )
 
 

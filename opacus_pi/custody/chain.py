@@ -54,7 +54,7 @@ __all__ = ["Chain", "SampleCounts"]
 # The sentences of links without a report, where more can be said than "not checked".
 _NOT_LOOKED_AT = {
     "loss": "The engine does not see the loss that the training loop computes. Call "
-    "engine.audit(criterion) to check it.",
+    "engine.audit(criterion) before training, which has updates of the loop checked.",
 }
 _ONLY_BEFORE = (
     "It was checked for the updates before the run was resumed, and not for those "

@@ -63,7 +63,8 @@ _ITEMS_VARY = (
 _SEEN = (
     "The model returns its loss itself. In {count} update(s), the losses of the two "
     "halves of the batch gave the loss of the batch. Whether the training loop changes "
-    "it before backward() was not seen. Call engine.audit(criterion) to check it."
+    "it before backward() was not seen. Call engine.audit(criterion) before training "
+    "to have it checked."
 )
 _NOT_SEEN = (
     "The model returns its loss itself, and running it on a part of the batch failed: "

@@ -86,12 +86,24 @@ _OTHER_NUMBER = (
     'use grad_sample_mode="fast".'
 )
 _NO_NORMS = "There are no norms to compare."
+_NO_LOSS = "There is no finite loss to compare."
 _NOT_REPEATABLE = (
     "{what} returns other values when it is called again on the same examples: it "
     "draws random numbers, or it counts its calls. An example alone then has another "
     "gradient than in a batch, so the norms could not be compared. Switch the random "
     "numbers or the counting off for the audit."
 )
+_NOT_FINITE = (
+    "The gradient of {which} alone is infinite or NaN, and those of the other "
+    "{num_others} are not. Look at what the data set returns there: NaN or infinite "
+    "values in the input or in the label make every weight NaN after one update. "
+    "Correct or leave out such items."
+)
+_ALL_NOT_FINITE = (
+    "The gradient of every example alone is infinite or NaN. Look at the weights, the "
+    "inputs and the loss: one of them has infinite or NaN values for every example."
+)
+_NUM_NAMED = 5  # examples that a message lists
 _STATES = {True: "ok", False: "FAILED", None: "unknown"}
 _PASSED = {"checked": True, "unchecked": None, "broken": False}
 
@@ -155,6 +167,7 @@ def audit_batch(
     *,
     run: AuditedRun,
     new_engine: Callable[[Recorder], Any],
+    places: Sequence[int] | None = None,
 ) -> Audit:
     """Audit one batch.
 
@@ -164,6 +177,7 @@ def audit_batch(
         batch: ``(x, y)``, or a dict with ``"labels"``.
         run: How the batch is trained on.
         new_engine: Returns an engine that reports to a recorder.
+        places: Positions of the examples in the data set; None: not known.
 
     Raises:
         ValueError: If the batch has fewer than two examples, the mode leaves the
@@ -212,7 +226,10 @@ def audit_batch(
         )
         repeated, tolerance = quiet_copy(model, run), rounding_of(model) * 1e-2
         what = changing_part(repeated, loss, x, y, tolerance)
-        if what:
+        problem = _not_finite(expected, places)
+        if problem:
+            rows = _without_numbers(rows, problem)
+        elif what:
             rows = _not_compared(rows, what)
         elif row_of_norms.passed is False:
             rows = _with_outputs_alone(rows, quiet_copy(model, run), x, y, outputs, dim)
@@ -254,6 +271,44 @@ def _not_compared(rows: tuple[AuditRow, ...], what: str) -> tuple[AuditRow, ...]
     names = {"norms", "order"} | ({"loss"} if what == "The criterion" else set())
     return tuple(
         AuditRow(row.name, None, sentence) if row.name in names else row for row in rows
+    )
+
+
+def _not_finite(expected: Tensor, places: Sequence[int] | None) -> str:
+    """Name the examples whose own gradient is infinite or NaN; empty if there is none.
+
+    Args:
+        expected: Norms of the examples alone, ``(b,)``.
+        places: Positions of the examples in the data set; None: not known.
+    """
+    odd = (~torch.isfinite(expected)).nonzero().flatten().tolist()
+    if not odd:
+        return ""
+    if len(odd) == len(expected):
+        return _ALL_NOT_FINITE
+    named = [i if places is None else places[i] for i in odd]
+    listed = ", ".join(map(str, named[:_NUM_NAMED]))
+    more = f" and {len(named) - _NUM_NAMED} more" * (len(named) > _NUM_NAMED)
+    where = "the batch" if places is None else "the data set"
+    which = f"example{'s' * (len(named) > 1)} {listed}{more} of {where}"
+    return _NOT_FINITE.format(which=which, num_others=len(expected) - len(odd))
+
+
+def _without_numbers(rows: tuple[AuditRow, ...], problem: str) -> tuple[AuditRow, ...]:
+    """Return rows of which only "norms" fails: nothing else can be compared.
+
+    Args:
+        rows: The rows of an audit.
+        problem: What is not finite.
+    """
+    unknown = {"loss": _NO_LOSS, "order": _NO_NORMS}
+    return tuple(
+        AuditRow("norms", False, problem)
+        if row.name == "norms"
+        else AuditRow(row.name, None, unknown[row.name])
+        if row.name in unknown
+        else row
+        for row in rows
     )
 
 

@@ -43,10 +43,10 @@ class Examples:
         """Yield batches of different examples, as training would collate them.
 
         Args:
-            num_batches: As for ``items``.
+            num_batches: As for ``places``.
         """
-        for items in self.items(num_batches):
-            yield self.collated(items)
+        for places in self.places(num_batches):
+            yield self.collated(self.items(places))
 
     def collated(self, items: list[Any]) -> Any:
         """Return a batch of items, collated by a copy of ``collate_fn`` if possible.
@@ -58,8 +58,8 @@ class Examples:
         with isolated(), OwnGenerators():
             return collate(default_collate(items) if self.is_batched else items)
 
-    def items(self, num_batches: int) -> Iterator[list[Any]]:
-        """Yield lists of different examples, in a random order with a fixed seed.
+    def places(self, num_batches: int) -> Iterator[list[int]]:
+        """Yield positions of different examples, in a random order with a fixed seed.
 
         The order comes from a new generator, so no global random state changes.
 
@@ -71,10 +71,16 @@ class Examples:
         size = min(_MAX_EXAMPLES, max(2, self.batch_size), num_examples)
         order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
         for start in range(0, min(num_batches * size, num_examples - 1), size):
-            chosen = order[start : start + size].tolist()
-            with isolated(), OwnGenerators():
-                items = [self.data_set[index] for index in chosen]
-            yield items
+            yield order[start : start + size].tolist()
+
+    def items(self, places: list[int]) -> list[Any]:
+        """Read examples.
+
+        Args:
+            places: Their positions in the data set.
+        """
+        with isolated(), OwnGenerators():
+            return [self.data_set[place] for place in places]
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ _NOT_MATCHED = (
 def audit_items(
     model: nn.Module,
     criterion: Any,
-    items: list[Any],
+    places: list[int],
     *,
     run: AuditedRun,
     new_engine: Callable[[Recorder], Any],
@@ -119,7 +119,7 @@ def audit_items(
     Args:
         model: As for ``audit_batch``.
         criterion: As for ``audit_batch``.
-        items: The items of the batch; ``collate_fn`` may change them.
+        places: Positions of the batch's examples in the data set.
         run: How the batch is trained on, with its ``examples``.
         new_engine: As for ``audit_batch``.
 
@@ -131,13 +131,21 @@ def audit_items(
     """
     examples = cast(Examples, run.examples)
     is_known = keeps_order(examples.collate_fn)
+    items = examples.items(places)
     try:
         kept = None if is_known else copy.deepcopy(items)
         problem = ""
     except (*MODEL_ERRORS, copy.Error) as error:
         kept, problem = None, _first_line(error)
     batch = examples.collated(items)
-    audit = audit_batch(model, criterion, batch, run=run, new_engine=new_engine)
+    audit = audit_batch(
+        model,
+        criterion,
+        batch,
+        run=run,
+        new_engine=new_engine,
+        places=places if is_known else None,
+    )
     if is_known:
         return audit
     row = AuditRow("batch", None, _NOT_RUN.format(error=problem))

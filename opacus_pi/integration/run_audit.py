@@ -55,8 +55,8 @@ def audit_run(
             "There is nothing to audit. Call make_private or make_monitored first."
         )
     found = [
-        audit_items(module, criterion, items, run=audited, new_engine=new_engine)
-        for items in audited.examples.items(num_batches)
+        audit_items(module, criterion, places, run=audited, new_engine=new_engine)
+        for places in audited.examples.places(num_batches)
     ]
     audit = joined(found)
     chain = recorder.chain

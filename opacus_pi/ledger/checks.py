@@ -129,7 +129,10 @@ def _float32_copy(name: str, value: ArrayLike) -> NDArray[np.float32]:
 def _remedy_of(name: str, value: float) -> str:
     """Return what to do about a measurement that is negative or infinite."""
     if name == "grad_norms" and value == np.inf:
-        return "The training diverged: record it again with a lower learning rate."
+        return (
+            "The training diverged, or an item of the data set has infinite or NaN "
+            "values: correct the item, or train again with a lower learning rate."
+        )
     return "Pass NaN for a value that was not measured."
 
 

@@ -43,6 +43,7 @@ from opacus_pi.ledger.noise_generator import checked_noise_generator
 from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording.checkpoints import Training
 from opacus_pi.recording.distributed import Processes, merge_
+from opacus_pi.recording.not_finite import why_not_finite
 from opacus_pi.recording.options import RecorderOptions
 from opacus_pi.recording.run import RecordedRun, UpdateSettings, WaitingReports
 from opacus_pi.recording.saved_state import ASSUMED, TOO_SMALL
@@ -790,19 +791,26 @@ class Recorder(RecorderOptions):
             self.checkpoints.add(indices, norms, steps)
         if self.mode == "observed":
             run.observe(indices, norms, steps=steps)
-            self._refuse_unless_finite(norms, steps)
+            self._refuse_unless_finite(norms, steps, indices)
 
     def _refuse_unless_finite(
-        self, norms: NDArray[np.float32], steps: NDArray[np.int64]
+        self,
+        norms: NDArray[np.float32],
+        steps: NDArray[np.int64],
+        indices: NDArray[np.int64] | None = None,
     ) -> None:
-        """Refuse the run if a norm is infinite or NaN: it has no finite loss."""
-        diverged = ~np.isfinite(norms)
-        if diverged.any():
-            self.refuse(
-                "A gradient norm was not finite at or before update "
-                f"{steps[diverged].min()}: the training has diverged, and the privacy "
-                "loss is infinite. Lower the learning rate."
-            )
+        """Refuse the run if a norm is infinite or NaN: it has no finite loss.
+
+        Args:
+            norms: ``(m,)``.
+            steps: The update of each.
+            indices: The example of each; None: that at the same place.
+        """
+        if np.isfinite(norms).all():
+            return
+        if indices is None:
+            indices = np.arange(len(norms))
+        self.refuse(why_not_finite(indices, norms, steps))
 
 
 def _has_more_steps(run: weakref.ref[RecordedRun], num_steps: int) -> bool:

@@ -4,6 +4,7 @@ The oracle is one-at-a-time ``torch.autograd.grad`` in this file.
 """
 
 import copy
+import math
 import random
 import threading
 
@@ -586,3 +587,21 @@ def test_a_criterion_that_holds_the_model_is_audited(uses):
     model = net()
     engine, _ = prepared("hooks", model)
     assert engine.audit(HoldsModel(model, uses)).passed
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_example_with_a_value_that_is_not_finite_is_named(mode, bad):
+    model = net()
+    engine, (*_, loader) = prepared(mode, model)
+    loader.dataset.tensors[0][17, 2] = bad
+    found = engine.audit(nn.CrossEntropyLoss(), batches=3)
+    assert found["norms"].passed is False and found["loss"].passed is None
+    assert "gradient of example 17 of the data set alone" in found["norms"].sentence
+    batch = loader.dataset[12:20]
+    found = opacus_pi.audit(net(), nn.CrossEntropyLoss(), batch)
+    assert "gradient of example 5 of the batch alone" in found["norms"].sentence
+    weights = net()
+    nn.init.constant_(weights[0].bias, math.nan)
+    found = opacus_pi.audit(weights, nn.CrossEntropyLoss(), batch)
+    assert "of every example alone" in found["norms"].sentence

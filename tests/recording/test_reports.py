@@ -1,5 +1,7 @@
 """Reports are added together, which makes no difference to the recorded run."""
 
+import math
+
 import pytest
 import torch
 
@@ -67,6 +69,35 @@ def test_the_update_that_diverged_is_named():
         ),
     ):
         _ = recorder.ledger
+
+
+@pytest.mark.parametrize(
+    ("reports", "words"),
+    [
+        ([(0, 1.0), (4, math.nan)], "that of example 4 of .*, while 1 other .* was fin"),
+        (
+            [(0, 1.0), (4, math.inf), (1, 2.0), (3, math.nan)],
+            "those of examples 3, 4 of the data set, while 2 others .* were finite",
+        ),
+        ([(4, math.nan)], "diverged"),
+        ([(0, math.inf), (4, math.nan)], "diverged"),
+    ],
+)
+def test_the_examples_that_are_not_finite_are_named(reports, words):
+    recorder = begun(every=[10])
+    step(recorder)
+    for index, norm in reports:
+        observe(recorder, index, norm)
+    step(recorder)
+    for index in range(N):  # then all weights are NaN
+        observe(recorder, index, math.nan)
+    step(recorder)
+    with (
+        pytest.warns(UserWarning, match="no longer has a ledger"),
+        pytest.raises(AccountingError, match=f"update 2: .*{words}") as found,
+    ):
+        _ = recorder.ledger
+    assert ("Lower the learning rate" in str(found.value)) is (words == "diverged")
 
 
 def test_a_strict_recorder_does_not_wait():
