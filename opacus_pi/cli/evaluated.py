@@ -24,8 +24,8 @@ _OF_FORGET_SET = (
 )
 _OTHER_SET = (
     "The retrained models were evaluated on a forget set of {evaluated} examples. But "
-    "the metrics of this run were computed on the {asked} examples of its own request. "
-    "So retrained models are shown only for metrics that do not depend on the forget "
+    "the metrics of this run were computed on the {asked} examples that it forgot. So "
+    "retrained models are shown only for metrics that do not depend on the forget "
     "set. {path} compares the model with the retrained ones on the {evaluated} "
     "examples."
 )
@@ -112,8 +112,8 @@ def of_same_set(
 ) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     """Return the metrics of retrained models that can stand beside those of a run.
 
-    The metrics of a run are computed on the examples of its own request. An evaluation
-    may be of all requests until then, which are more examples.
+    The metrics of a run are computed on the examples that it forgot. An evaluation may
+    be of all requests until then, which are more examples.
 
     Args:
         evaluation: What ``evaluate`` wrote, about this run.

@@ -59,6 +59,7 @@ from opacus_pi.models.predictions import predict
 from opacus_pi.unlearning import Unlearner, UnlearningResult
 from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
+from opacus_pi.unlearning.watching import Evaluate
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,29 +107,40 @@ def run(options: argparse.Namespace) -> int:
     elif going_back:
         unlearner.plan_rewind(forget, **going_back)
 
-    def settings(forgotten_before: Iterable[int]) -> dict[str, Any]:
-        """Return the settings of a run; its retain set excludes earlier requests."""
-        found = going_back or {
-            "num_epochs": options.num_epochs,
-            "batch_size": options.batch_size,
-        }
-        if test_set is None or not len(not_erased(train_set, forget)):
-            return found  # nothing to evaluate on
-        sets = make_sets(
-            *(train_set, test_set, forget, criterion, options.seed or 0),
-            forgotten_before=list(forgotten_before),
-        )
-        return {**found, "evaluate": sets.metrics}
+    settings = going_back or {
+        "num_epochs": options.num_epochs,
+        "batch_size": options.batch_size,
+    }
+
+    def evaluation_of(
+        forgotten: NDArray[np.int64], all_requested: Iterable[int] = ()
+    ) -> Evaluate | None:
+        """Return the metrics on what a run forgets; None if there is nothing to read.
+
+        Args:
+            forgotten: The examples that the run forgets, also those of requests that
+                earlier commands left pending.
+            all_requested: Examples of all requests, which the retain set excludes.
+        """
+        if test_set is None or not len(not_erased(train_set, forgotten)):
+            return None
+        return make_sets(
+            *(train_set, test_set, forgotten, criterion, options.seed or 0),
+            forgotten_before=list(all_requested),
+        ).metrics
 
     with new_directory(options.out) as directory:
         result: UnlearningResult | None
         if options.log:
             result, request = _carry_out(
-                options, unlearner, train_set, forget, owned, settings, going_back
+                *(options, unlearner, train_set, forget, owned, settings),
+                evaluation_of,
+                going_back,
             )
         else:
             carry_out = unlearner.rewind if going_back else unlearner.unlearn
-            result = carry_out(train_set, forget, **settings(()))
+            evaluate = evaluation_of(forget)
+            result = carry_out(train_set, forget, evaluate=evaluate, **settings)
             request = {}
         if result is not None:
             save_run(directory, result, options.delta)
@@ -162,7 +174,8 @@ def _carry_out(
     train_set: Any,
     forget: NDArray[np.int64],
     owned: Owned,
-    settings: Callable[[Iterable[int]], dict[str, Any]],
+    settings: dict[str, Any],
+    evaluation_of: Callable[[NDArray[np.int64], Iterable[int]], Evaluate | None],
     going_back: dict[str, Any],
 ) -> tuple[UnlearningResult | None, dict[str, Any]]:
     """Enter the requests in the deletion log, and carry out every pending request.
@@ -179,7 +192,9 @@ def _carry_out(
         train_set: The training set.
         forget: The examples that this command names.
         owned: Those of each person; empty if positions are named.
-        settings: From the examples that all requests name to the settings of a run.
+        settings: The settings of the run.
+        evaluation_of: From the examples that the run forgets, and those that all
+            requests name, to its evaluation.
         going_back: The arguments of a rewind; empty: no rewind.
 
     Returns:
@@ -200,7 +215,13 @@ def _carry_out(
     names = submit(requests, forget, owned, options.request_id)
     asked = {request.request_id for request in requests.pending}
     before = requested_indices(options.log, len(train_set)).tolist()
-    results = requests.process(unlearner, train_set, together=True, **settings(before))
+    results = requests.process(
+        unlearner,
+        train_set,
+        together=True,
+        evaluation_of=lambda forgotten: evaluation_of(forgotten, before),
+        **settings,
+    )
     is_own = [not set(names).isdisjoint(r.record["requests"]) for r in results]
     own = next(itertools.compress(results, is_own), None)
     done = [] if own is None else own.record["requests"]

@@ -22,7 +22,9 @@ from opacus_pi.report.belonging import require_same_training
 from opacus_pi.report.scores import Scores
 from opacus_pi.unlearning.plan import percentile_of
 
-TOLERANCE = 0.05  # the paper's: a run is near the retrained models when it is that close
+TOLERANCE = (
+    0.05  # the paper's: a run is near the retrained models when it is that close
+)
 MIN_ORACLES = 3  # with fewer, how much retrained models differ is hardly known
 CONFIDENCE = 0.95  # that one more retrained model would be judged to be like the others
 MEANING = {

@@ -15,7 +15,7 @@ import fcntl
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -62,6 +62,7 @@ from opacus_pi.unlearning.honouring_weights import (
 from opacus_pi.unlearning.rewind import require_states
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
 from opacus_pi.unlearning.user_names import UserNames
+from opacus_pi.unlearning.watching import Evaluate
 
 __all__ = [
     "DeletionRequest",
@@ -77,6 +78,7 @@ _LISTS_OF_EXAMPLES = {
 # Of a record, for the owner alone: with the seed of a run, and the data that it used,
 # its noise and its updates can be computed again.
 _OWNER_ONLY = ("seed",)
+EvaluationOf = Callable[[NDArray[np.int64]], Evaluate | None]
 _DELTA = 1e-5  # at which the log states ε if the guarantee names no δ
 _NUM_FIRST = 8  # entries whose number of examples is looked at before one is added
 _MAX_DIGITS = 1000  # of a whole number as a name
@@ -335,6 +337,7 @@ class DeletionRequests(Shown):
         together: bool = False,
         checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
         deletion_policy: DeletionPolicy | None = None,
+        evaluation_of: EvaluationOf | None = None,
         **options: Any,
     ) -> list[UnlearningResult]:
         """Carry out what is pending, each request once.
@@ -348,9 +351,14 @@ class DeletionRequests(Shown):
                 out by ``Unlearner.rewind``, not by its unlearning method.
             deletion_policy: The policy of the training, for filtered rewinds; None:
                 exact ones.
+            evaluation_of: Is given the examples that a run is about to forget, int64
+                ``(m,)``, those of all its requests; returns the ``evaluate`` of that
+                run, or None. For metrics on the forget set, which are otherwise easily
+                measured on the examples of another request.
             **options: ``num_epochs``, ``evaluate``, ``batch_size``, ``stop``,
-                ``collate_fn`` of ``unlearn``; or ``update``, ``collate_fn``,
-                ``evaluate`` of ``rewind``.
+                ``delta``, ``callbacks``, ``checkpoint``, ``progress``, ``collate_fn``
+                of ``unlearn``; or ``update``, ``collate_fn``, ``evaluate`` of
+                ``rewind``.
 
         Returns:
             The result of each run, an empty list if nothing was pending. The names of
@@ -360,10 +368,16 @@ class DeletionRequests(Shown):
 
         Raises:
             ValueError: As ``resume`` and ``unlearn`` or ``rewind``, or if the training
-                set has another length, or another fingerprint than the log names. What
-                was carried out before it stays; the request in question stays pending.
+                set has another length, or another fingerprint than the log names, or
+                both ``evaluate`` and ``evaluation_of`` are given. What was carried out
+                before it stays; the request in question stays pending.
             RuntimeError: If another process is carrying out requests.
         """
+        require(
+            evaluation_of is None or "evaluate" not in options,
+            "evaluate and evaluation_of were both given.",
+            "Pass evaluation_of, which is told what each run forgets, or evaluate.",
+        )
         expect(
             size_of(train_set) == self.num_examples,
             "train_set",
@@ -394,6 +408,8 @@ class DeletionRequests(Shown):
                     self._log_done([*group], facts, remains)
                     honoured |= set(group)
                     continue
+                if evaluation_of is not None:
+                    options["evaluate"] = evaluation_of(rows)
                 result = carry_out(train_set, rows, **options)
                 honoured |= set(group)
                 hashes = [found.hashes[number] for number in honoured]

@@ -156,6 +156,27 @@ def test_what_was_pending_is_carried_out_and_said(run, answer, tmp_path):
     assert also["method"].startswith("Langevin") and also["num_steps"] > 0
 
 
+@pytest.mark.parametrize("method", [(), NOISY])
+def test_metrics_are_of_all_examples_that_were_forgotten(
+    answer, tmp_path, project, method
+):
+    """As ``evaluate`` measures them on the examples that the run forgot."""
+    log, out = tmp_path / "deletions.db", tmp_path / "a"
+    DeletionRequests(log, 120).submit("before", indices=[5, 6, 8])
+    unlearned = answer(*UNLEARN, "3,9", *method, "--log", log, "--out", out)
+    model = ("evaluate", "--model", "cli_project:build", *DATA, "--forget", "3,5,6,8,9")
+    places = {"before": project / "model.safetensors"}
+    places["after"] = out / "weights.safetensors"
+    trace = UnlearningTrace.load(out / "trace.json").metrics
+    for when, place in places.items():
+        found = answer(*model, "--weights", place)["metrics"]
+        assert unlearned[when] == pytest.approx(found)
+        moment = 0 if when == "before" else -1
+        assert {name: values[moment] for name, values in trace.items()} == (
+            unlearned[when]
+        )
+
+
 def leftovers(tmp_path):
     return sorted(path.name for path in tmp_path.iterdir())
 

@@ -73,6 +73,24 @@ def test_an_exact_rewind(answer, trained, tmp_path):
     assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_metrics_of_a_rewind_are_of_all_examples_that_were_forgotten(
+    answer, trained, tmp_path
+):
+    folder, first = trained
+    later, example = map(int, first.argsort()[[-40, 0]])
+    log, out = tmp_path / "deletions.db", tmp_path / "run"
+    DeletionRequests(log, 120).submit("before", indices=[later])
+    made = answer(
+        *words(folder, "--ledger", folder / "ledger.safetensors"),
+        *("--forget", example, "--log", log, "--out", out),
+    )
+    found = answer(
+        *("evaluate", "--model", "cli_project:build", *DATA),
+        *("--weights", out / "weights.safetensors", "--forget", f"{example},{later}"),
+    )
+    assert made["after"] == pytest.approx(found["metrics"])
+
+
 def test_requests_by_policy(answer, trained, tmp_path):
     folder, first = trained
     ledger = ("--ledger", folder / "ledger.safetensors")

@@ -74,7 +74,10 @@ def test_the_update_that_diverged_is_named():
 @pytest.mark.parametrize(
     ("reports", "words"),
     [
-        ([(0, 1.0), (4, math.nan)], "that of example 4 of .*, while 1 other .* was fin"),
+        (
+            [(0, 1.0), (4, math.nan)],
+            "that of example 4 of .*, while 1 other .* was fin",
+        ),
         (
             [(0, 1.0), (4, math.inf), (1, 2.0), (3, math.nan)],
             "those of examples 3, 4 of the data set, while 2 others .* were finite",

@@ -825,3 +825,29 @@ def test_a_log_without_its_last_entries_is_known_by_the_weights_beside_it(tmp_pa
     assert verify(mine.log.path).num_entries == 2
     with pytest.raises(ValueError, match="does not have the weights that honour"):
         requested_indices(mine.log.path, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("together", "wanted"), [(False, [[2, 5], [8, 9], [3]]), (True, [[2, 3, 5, 8, 9]])]
+)
+def test_each_run_is_evaluated_on_what_it_forgets(tmp_path, together, wanted):
+    given = []
+
+    def evaluation_of(forgotten):
+        given.append(forgotten.tolist())
+        return lambda model: {"first": float(forgotten[0])}
+
+    mine = submitted(tmp_path)
+    with pytest.raises(ValueError, match="evaluate and evaluation_of were both given"):
+        mine.process(
+            *(unlearner(), data()), evaluation_of=evaluation_of, evaluate=lambda m: {}
+        )
+    results = mine.process(
+        *(unlearner(), data()),
+        together=together,
+        evaluation_of=evaluation_of,
+        num_epochs=1,
+    )
+    assert given == wanted == [result.record["forget_indices"] for result in results]
+    for result, rows in zip(results, wanted, strict=True):
+        assert result.trace.metrics == {"first": [rows[0]] * 2}
