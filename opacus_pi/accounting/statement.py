@@ -17,7 +17,7 @@ True
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -48,6 +48,16 @@ _OWNER_ONLY = (
     "it uses only the model's updates, and the bounds of the other people cover the "
     "release of these updates (Yu et al. 2023, Theorem 3.2). Averages over people need "
     "noise before release."
+)
+_CONVERTED = (
+    "It is converted from Rényi divergences, as the estimate is; get_epsilon of an "
+    "engine and the values of epsilons, which it limits, may be smaller, because a PRV "
+    "accountant needs no such conversion."
+)
+_ACCOUNTANTS = (
+    "It is get_epsilon of the engine, which also limits the values of epsilons. A "
+    "report or statement from the ledger alone may give more: it has no accountant, "
+    "and converts its numbers from Rényi divergences."
 )
 _PUBLIC = "The bound does not depend on anyone's data and may be shared with anyone."
 
@@ -81,6 +91,8 @@ class PrivacyStatement:
             The other values are converted from Rényi divergences, so that an
             ``epsilon`` may be above it. ``inf`` if none can be given, or for several
             examples.
+        is_accountants: Whether ``worst_case`` is the bound of the engine's accountant,
+            which also limits the other values.
     """
 
     subject: str
@@ -93,6 +105,28 @@ class PrivacyStatement:
     limit: float | None = None
     num_examples: int = 0
     composed_worst_case: float = math.inf
+    is_accountants: bool = False
+
+    def limited(self, bound: float) -> "PrivacyStatement":
+        """Return the statement with no number above an accountant's bound.
+
+        Args:
+            bound: A bound on ε for any one example; ``inf``: there is none. It says
+                nothing about several examples.
+        """
+        if self.num_rows > 1 or not bound < self.worst_case:
+            return self
+
+        def least(value: float | None) -> float | None:
+            return None if value is None else min(value, bound)
+
+        return replace(
+            self,
+            epsilon=least(self.epsilon),
+            worst_case=bound,
+            limit=least(self.limit),
+            is_accountants=True,
+        )
 
     @property
     def kind(self) -> str:
@@ -177,18 +211,16 @@ class PrivacyStatement:
             f"For any data: ε ≤ {rounded_up(self.worst_case)} at δ = {self.delta:g}, "
             "certified if the declarations below hold. The probability of any event is "
             "then at most e^ε times that for a model trained without these examples, "
-            "plus δ. It is converted from Rényi divergences; get_epsilon of the engine "
-            "may give less, because a PRV accountant needs no such conversion."
-            f"{self._without_conversion()}"
+            f"plus δ. {_ACCOUNTANTS if self.is_accountants else self._converted()}"
         )
 
-    def _without_conversion(self) -> str:
-        """Return the sentence about the bound by composition; empty if not smaller."""
+    def _converted(self) -> str:
+        """Return the sentences about a bound that is converted, and about others."""
         if self.composed_worst_case >= self.worst_case:
-            return ""
+            return _CONVERTED
         return (
-            " Numerical composition of the updates, without such a conversion, gives "
-            f"the bound ε ≤ {rounded_up(self.composed_worst_case)} under the same "
+            f"{_CONVERTED} Numerical composition of the updates, without such a "
+            f"conversion, gives the bound ε ≤ {rounded_up(self.composed_worst_case)} under the same "
             "declarations; compare only numerically composed estimates with it."
         )
 

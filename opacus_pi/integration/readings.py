@@ -12,6 +12,7 @@ is not a bound, a warning says why.
 **What breaks it.** Updates that neither the recorder nor the accountant has seen.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,8 @@ from torch import nn
 
 from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
-from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi._types import ArrayLike
+from opacus_pi.accounting import GradNormLedger, NoisySGD, PrivacyStatement
 from opacus_pi.attribution import Tracker
 from opacus_pi.difficulty.forget_sets import num_at_top
 from opacus_pi.integration.accountants import (
@@ -203,14 +205,36 @@ class Readings:
         self, values: NDArray[np.float64], delta: float, mechanism: NoisySGD
     ) -> NDArray[np.float64]:
         """Limit epsilons by the accountant's, where that holds for every example."""
+        return np.minimum(values, self._accountants_epsilon(delta, mechanism))
+
+    def _accountants_epsilon(self, delta: float, mechanism: NoisySGD) -> float:
+        """Return the accountant's ε; ``inf`` unless it holds for every example.
+
+        Args:
+            delta: Failure probability, in (0, 1).
+            mechanism: That of the ledger.
+        """
         counts_all = num_steps_of(self.accountant) == mechanism.num_steps
         charges_all = not self.recorder.is_charged_too_little
         holds = mechanism.sampling == "poisson" and gives_bound(self.accountant)
-        if holds and counts_all and charges_all:
-            # not the engine's get_epsilon, which a derived class may define otherwise
-            worst = float(self.accountant.get_epsilon(delta))
-            values = np.minimum(values, max(0.0, worst))
-        return values
+        if not (holds and counts_all and charges_all):
+            return math.inf
+        # not the engine's get_epsilon, which a derived class may define otherwise
+        return max(0.0, float(self.accountant.get_epsilon(delta)))
+
+    def privacy_statement(
+        self, rows: ArrayLike, delta: float, subject: str | None
+    ) -> PrivacyStatement:
+        """Return the statement for one person, limited as ``epsilons`` are.
+
+        Args:
+            rows: The person's positions in the training set.
+            delta: Failure probability, in (0, 1).
+            subject: Name of the person or example; None: the position.
+        """
+        ledger = self.ledger()
+        found = accounting.privacy_statement(ledger, rows, delta, subject=subject)
+        return found.limited(self._accountants_epsilon(delta, ledger.mechanism))
 
     def finish_update(self) -> None:
         """Count an update in which the loop has written the weights by itself."""

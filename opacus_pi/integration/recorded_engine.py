@@ -22,7 +22,6 @@ from opacus_pi.accounting import (
     GradNormLedger,
     PrivacyStatement,
     RenyiFilter,
-    privacy_statement,
 )
 from opacus_pi.attribution import observe_like
 from opacus_pi.files.atomic_file import replacing
@@ -235,7 +234,9 @@ class RecordedEngine(Shown, OpacusEngine):
     ) -> PrivacyStatement:
         """Return what may be told to one person about the privacy of their examples.
 
-        It is ``opacus_pi.accounting.privacy_statement`` of the ledger up to now.
+        It is ``opacus_pi.accounting.privacy_statement`` of the ledger up to now. About
+        one example, no number is above ``get_epsilon(delta)`` where ``epsilons`` is
+        limited by it.
 
         Args:
             rows: The person's positions in the training set, each once; ``[157]`` for
@@ -251,7 +252,7 @@ class RecordedEngine(Shown, OpacusEngine):
                 in (0, 1).
             AccountingError: If the run cannot be accounted for.
         """
-        return privacy_statement(self.ledger, rows, delta, subject=subject)
+        return self._readings.privacy_statement(rows, delta, subject)
 
     def accountant_bound(self) -> AccountantBound | None:
         """Return what the engine's accountant guarantees for the recorded run.

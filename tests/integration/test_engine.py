@@ -352,6 +352,21 @@ def test_the_accountants_history_is_opacus_own():
     assert ours.history == other.engine.accountant.history
 
 
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_a_statement_and_the_epsilons_of_an_engine_agree(accountant):
+    training = Training(engine=PrivacyEngine(accountant=accountant)).train(2)
+    engine, bound = training.engine, training.engine.get_epsilon(1e-3)
+    own = engine.epsilons(1e-3)
+    for row in (int(own.argmin()), int(own.argmax())):
+        found = engine.privacy_statement([row], 1e-3)
+        assert found.epsilon == own[row] and found.worst_case <= bound
+        assert found.limit is None or found.epsilon <= found.limit <= bound
+        is_smaller = privacy_statement(engine.ledger, [row], 1e-3).worst_case > bound
+        assert is_smaller == ("It is get_epsilon of the engine" in str(found))
+    group = engine.privacy_statement([3, 5], 1e-3)
+    assert group.worst_case > bound and "It is converted from" in str(group)
+
+
 def test_the_engine_states_what_one_person_may_be_told():
     engine = Training().train(1).engine
     for rows, subject in (([3], None), ([3, 5], "Ann")):
