@@ -220,8 +220,9 @@ class PrivacyStatement:
             return _CONVERTED
         return (
             f"{_CONVERTED} Numerical composition of the updates, without such a "
-            f"conversion, gives the bound ε ≤ {rounded_up(self.composed_worst_case)} under the same "
-            "declarations; compare only numerically composed estimates with it."
+            f"conversion, gives the bound ε ≤ {rounded_up(self.composed_worst_case)} "
+            "under the same declarations; compare only numerically composed estimates "
+            "with it."
         )
 
 

@@ -54,7 +54,8 @@ __all__ = ["Chain", "SampleCounts"]
 # The sentences of links without a report, where more can be said than "not checked".
 _NOT_LOOKED_AT = {
     "loss": "The engine does not see the loss that the training loop computes. Call "
-    "engine.audit(criterion) before training, which has updates of the loop checked.",
+    "engine.audit(criterion) before training, and again after loading a checkpoint: "
+    "then updates of the loop are checked.",
 }
 _ONLY_BEFORE = (
     "It was checked for the updates before the run was resumed, and not for those "
@@ -285,6 +286,11 @@ class Chain:
             link: One of ``LINKS``.
         """
         return self._link(link).state == CHECKED
+
+    @property
+    def num_samples_before(self) -> int:
+        """Samples of the updates before a saved state of the run was loaded."""
+        return self._before.num_samples
 
     def undo_samples(self) -> None:
         """Leave out the samples so far: a saved state of the run was loaded."""

@@ -56,6 +56,7 @@ from opacus_pi.integration.runs import (
     new_tracker,
     require_fitting_recorder,
 )
+from opacus_pi.integration.schedules import replaced_sampler
 from opacus_pi.recording import Recorder
 
 __all__ = ["PerInstanceMixin"]
@@ -311,8 +312,15 @@ class PerInstanceMixin(RecordedEngine):
     def _prepare_data_loader(
         self, data_loader: DataLoader[Any], **options: Any
     ) -> DataLoader[Any]:
-        """Prepare the loader as Opacus does, and note it."""
+        """Prepare the loader as Opacus does, and note it.
+
+        Warns if Poisson sampling replaces a sampler that draws otherwise.
+        """
         loader: DataLoader[Any] = super()._prepare_data_loader(data_loader, **options)
+        if options.get("poisson_sampling"):
+            replaced = replaced_sampler(data_loader)
+            if replaced is not None:
+                warnings.warn(replaced, stacklevel=7)
         self._preparing.loader = loader
         return loader
 

@@ -138,7 +138,9 @@ class Readings:
     def attribution(self) -> dict[str, int]:
         """Return the numbers of samples by kind of evidence; all 0 before a run."""
         tracker = Tracker() if self.run is None else self.run.tracker
-        return dict(tracker.counts)
+        chain = self.recorder.chain
+        before = 0 if chain is None else chain.num_samples_before
+        return {**tracker.counts, **({"before_loading": before} if before else {})}
 
     # ------------------------------------------------------------------ of the ledger
     def ledger(self) -> GradNormLedger:

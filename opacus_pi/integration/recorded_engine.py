@@ -163,7 +163,9 @@ class RecordedEngine(Shown, OpacusEngine):
         ``by_storage`` and ``by_content`` are certain. ``by_latest`` is not verified:
         the loop transformed its inputs, and samples are assumed to be in the order of
         the latest batch. ``unattributed`` samples are left out: their examples are
-        charged by their other observations, or at the clip norm.
+        charged by their other observations, or at the clip norm. After a checkpoint was
+        loaded, these count the samples since then, and ``before_loading`` those of the
+        updates before it, of any kind: the ledger has both.
         """
         return self._readings.attribution()
 

@@ -27,8 +27,17 @@ from torch.utils.data import (
 )
 
 from opacus_pi.custody import Chain
+from opacus_pi.models.batches import size_of
 from opacus_pi.recording.deletable_last import DeletableLast
 
+_ALIKE = (
+    SequentialSampler,
+    RandomSampler,
+    DistributedSampler,
+    UniformWithReplacementSampler,
+    DistributedUniformWithReplacementSampler,
+    type(None),
+)
 _ONCE_PER_EPOCH = (SequentialSampler, SubsetRandomSampler, DistributedSampler)
 
 
@@ -80,8 +89,33 @@ def unknown_schedule(loader: DataLoader[Any]) -> str | None:
         return _repeated_in_a_batch(sampler, getattr(batches, "batch_size", 1))
     return (
         f"How often {type(_drawing_sampler(loader)).__name__} draws an example is not "
-        "known, so no privacy loss can be computed. Use poisson_sampling=True, or "
-        "shuffle=True."
+        "known, so no privacy loss can be computed. Use shuffle=True, or "
+        "poisson_sampling=True. Both draw all examples equally often: they replace "
+        "your sampler, with its weights and its choice of examples."
+    )
+
+
+def replaced_sampler(loader: DataLoader[Any]) -> str | None:
+    """Explain that Poisson sampling replaces a sampler that draws otherwise.
+
+    Args:
+        loader: The user's, which is about to be replaced. Samplers that draw from all
+            examples alike, and Poisson samplers, lose nothing by it.
+    """
+    sampler = _drawing_sampler(loader)
+    if isinstance(loader.dataset, IterableDataset) or isinstance(sampler, _ALIKE):
+        return None
+    num_examples = size_of(loader.dataset)
+    if type(sampler) is SubsetRandomSampler and len(sampler) == num_examples:
+        return None  # a permutation of all examples
+    return (
+        f"poisson_sampling=True replaces {type(sampler).__name__}, as Opacus does: all "
+        f"{num_examples} examples of the data set are drawn with the same "
+        "probability, and the sampler's weights, order and choice of examples have no "
+        "effect. To train on some examples only, pass "
+        "torch.utils.data.Subset(data_set, indices) as the data set. "
+        "poisson_sampling=False keeps the sampler, but there is a ledger only if it "
+        "draws without replacement."
     )
 
 

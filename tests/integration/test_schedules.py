@@ -7,13 +7,14 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
-from opacus_pi.integration import schedules
+from opacus_pi.integration import PrivacyEngine, schedules
 from tests.private_training import NUM_EXAMPLES, Training, data
 
 DATA = TensorDataset(torch.zeros(12, 2))
@@ -55,6 +56,45 @@ UNKNOWN = {
 def test_schedules_that_are_not_known(name):
     reason = schedules.unknown_schedule(DataLoader(DATA, **UNKNOWN[name]))
     assert f"How often {name} draws" in reason and "poisson_sampling=True" in reason
+
+
+LOST = {**UNKNOWN, "SubsetRandomSampler": KNOWN["given indices"]}
+del LOST["RandomSampler"], LOST["Custom"]  # a class of torch's, and one derived from it
+
+
+class Own(Sampler):
+    def __iter__(self):
+        return iter([3, 1] * 6)
+
+    def __len__(self):
+        return 12
+
+
+@pytest.mark.parametrize("name", [*LOST, "Own"])
+def test_poisson_sampling_says_that_it_replaces_a_sampler(name):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    options = {"sampler": Own()} if name == "Own" else LOST[name]
+    with pytest.warns(UserWarning, match=f"replaces {name}, as Opacus does: all 12"):
+        PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(DATA, **options),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({**KNOWN, "given indices": {}}.values()),
+        {"sampler": SubsetRandomSampler(range(12))},
+        {"batch_sampler": UniformWithReplacementSampler(num_samples=12, sample_rate=1)},
+    ],
+)
+def test_samplers_that_draw_all_alike_lose_nothing(options):
+    assert schedules.replaced_sampler(DataLoader(DATA, **options)) is None
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 12, None])
