@@ -387,10 +387,15 @@ def _facts_of(row: ListedRequest) -> dict[str, Any]:
 
 
 def _state(row: Mapping[str, Any]) -> str:
-    """Return the state of a request in words, with the time when it was carried out."""
-    if row["done_time"] is None:
+    """Return the state of a request in words, with the time of the entry that says so.
+
+    A request that was redacted was carried out before, by an entry of its own.
+    """
+    event = "redaction" if row["state"] == "redacted" else "done"
+    time, entry = row[f"{event}_time"], row[f"{event}_entry"]
+    if time is None:
         return str(row["state"])
-    return f"{row['state']}, {row['done_time']} (entry {row['done_entry']})"
+    return f"{row['state']}, {time} (entry {entry})"
 
 
 def _examples(number: int) -> str:

@@ -494,7 +494,8 @@ def _never_used_before(history: History, num_fresh: int) -> Assumption:
     return observed(
         "no earlier run was fine-tuned on the forget set",
         f"{used} of the forgotten examples were in the retain set of an earlier run. "
-        "Forget all requested sets in one run, from the trained model"
+        "For a bound, make an exact rewind, or forget all requested sets in one run "
+        "that starts from the trained model (with a deletion log: a new log)"
         if used
         else "earlier runs were rewinds"
         if history.rewound

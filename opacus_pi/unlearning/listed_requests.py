@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from opacus_pi.unlearning.deletion_log import Entry, read_entries
+from opacus_pi.unlearning.deletion_log import REDACTION, Entry, read_entries
 from opacus_pi.unlearning.requests import (
     Requests,
     requests_with_weights,
@@ -42,6 +42,8 @@ class ListedRequest:
         indices: The examples to forget, sorted; None if it was redacted.
         done_entry: Number of the entry that says it was carried out; None: pending.
         done_time: The time of that entry, or None.
+        redaction_entry: Number of the entry that says it was redacted, or None.
+        redaction_time: The time of that entry, or None.
     """
 
     entry: int
@@ -50,6 +52,8 @@ class ListedRequest:
     indices: tuple[int, ...] | None
     done_entry: int | None = None
     done_time: str | None = None
+    redaction_entry: int | None = None
+    redaction_time: str | None = None
 
     @property
     def redacted(self) -> bool:
@@ -93,7 +97,7 @@ def list_requests(
 
 
 def _listed(entries: Iterable[Entry], found: Requests) -> list[ListedRequest]:
-    """Return the requests with the entries that say when they were carried out.
+    """Return the requests with the entries that say when they were done or redacted.
 
     Args:
         entries: All entries of the log.
@@ -101,13 +105,16 @@ def _listed(entries: Iterable[Entry], found: Requests) -> list[ListedRequest]:
     """
     times: dict[int, str] = {}
     done: dict[int, Entry] = {}
+    redacted: dict[int, Entry] = {}
     for entry in entries:
         times[entry.number] = entry.time
         if entry.kind == "done" and entry.payload is not None:
             done |= dict.fromkeys(entry.payload["requests"], entry)
+        elif entry.kind == REDACTION:
+            redacted[(entry.payload or {}).get("entry", -1)] = entry
     rows = []
     for number, request in found.submitted.items():
-        by = done.get(number)
+        by, removed = done.get(number), redacted.get(number)
         rows.append(
             ListedRequest(
                 entry=number,
@@ -116,6 +123,8 @@ def _listed(entries: Iterable[Entry], found: Requests) -> list[ListedRequest]:
                 indices=None if request is None else request.indices,
                 done_entry=None if by is None else by.number,
                 done_time=None if by is None else by.time,
+                redaction_entry=None if removed is None else removed.number,
+                redaction_time=None if removed is None else removed.time,
             )
         )
     return rows

@@ -324,6 +324,12 @@ def test_a_request_is_redacted_once_it_was_carried_out(run, answer, kept, tmp_pa
     assert [row["state"] for row in rows] == ["redacted", "pending"]
     code, out, _ = run("log", "list", kept)
     assert code == 0 and "(redacted)" in out
+    assert (rows[0]["redaction_entry"], rows[0]["redaction_time"]) == (
+        redaction.number,
+        redaction.time,
+    )
+    assert f"redacted, {redaction.time} (entry {redaction.number})" in out
+    assert rows[0]["done_entry"] == 2 and "(entry 2)" not in out
     out = tmp_path / "x.json"
     code, _, err = run("log", "export", kept, "--disclose", "2026-001", "--out", out)
     assert code == 2 and "it was redacted" in err
