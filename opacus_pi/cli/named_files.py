@@ -16,7 +16,7 @@ from pathlib import Path
 
 from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.recognition import EXPORT, kept_content
-from opacus_pi.cli.run_files import RUN_FILES
+from opacus_pi.unlearning.saved_result import RUN_FILES
 
 _READ = (
     "ledger",

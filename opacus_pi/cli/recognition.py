@@ -28,7 +28,6 @@ from typing import Any
 
 from opacus_pi.cli.errors import one_line
 from opacus_pi.cli.owners import OWNERS_OF
-from opacus_pi.cli.run_files import read_guarantee
 from opacus_pi.files.arrays_file import named_kind
 from opacus_pi.files.checksummed_json import has_checksum, require_unedited
 from opacus_pi.files.checksummed_state import verified_state
@@ -57,6 +56,7 @@ from opacus_pi.unlearning.deletion_log import (
 )
 from opacus_pi.unlearning.json_lines_log import FIRST_BYTES, verify_json_lines
 from opacus_pi.unlearning.log_export import verify_export
+from opacus_pi.unlearning.saved_result import read_guarantee
 
 LOG = "deletion log"
 OLD_LOG = "deletion log of JSON lines"

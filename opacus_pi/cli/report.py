@@ -16,10 +16,11 @@ from opacus_pi.cli.evaluate import FORMAT
 from opacus_pi.cli.evaluated import of_same_set, require_of_run
 from opacus_pi.cli.inputs import load_ledgers
 from opacus_pi.cli.output import answer
-from opacus_pi.cli.run_files import EVALUATION, SavedRun, load_run, read_json
+from opacus_pi.cli.run_files import load_run, read_json
 from opacus_pi.files.checksummed_json import has_checksum, require_unedited
 from opacus_pi.report.run import Barriers
 from opacus_pi.report.write import write_report
+from opacus_pi.unlearning.saved_result import EVALUATION, SavedResult
 
 _EVALUATE_AGAIN = "Restore it from a copy, or run 'opacus-pi evaluate' again."
 
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     result = None if options.run_dir is None else load_run(options.run_dir)
     oracle, barriers, unchecked = _evaluation(options, result)
     if result is not None:
-        not_checked = [*result.unchecked, *unchecked]
+        not_checked = [*result.record["not_checked"], *unchecked]
         result = replace(result, record={**result.record, "not_checked": not_checked})
     facts = write_report(
         page,
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _evaluation(
-    options: argparse.Namespace, result: SavedRun | None
+    options: argparse.Namespace, result: SavedResult | None
 ) -> tuple[dict[str, Any] | None, Barriers | None, tuple[str, ...]]:
     """Return what was evaluated, and what could not be checked about its file.
 

@@ -49,7 +49,7 @@ from opacus_pi.cli.recorded_weights import (
     require_recorded_weights,
 )
 from opacus_pi.cli.rewinds import rewind_options
-from opacus_pi.cli.run_files import new_directory, save_run
+from opacus_pi.cli.run_files import new_directory
 from opacus_pi.cli.sets import make_sets, require_unseen
 from opacus_pi.cli.submission import require_loggable, submit
 from opacus_pi.gradients.fallback import MODEL_ERRORS
@@ -59,6 +59,7 @@ from opacus_pi.models.predictions import predict
 from opacus_pi.unlearning import Unlearner, UnlearningResult
 from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
+from opacus_pi.unlearning.saved_result import save_result
 from opacus_pi.unlearning.watching import Evaluate
 
 
@@ -143,7 +144,7 @@ def run(options: argparse.Namespace) -> int:
             result = carry_out(train_set, forget, evaluate=evaluate, **settings)
             request = {}
         if result is not None:
-            save_run(directory, result, options.delta)
+            save_result(directory, result, options.delta)
     facts = {"format": "opacus_pi.cli.unlearn.v1", "out": options.out, **request}
     facts |= _run_facts(result, options.delta, len(train_set))
     facts["num_erased"] = len(erased_in(train_set))

@@ -14,6 +14,7 @@ requests about a model in a tamper-evident log and carries each out once. The me
 | how far must a training run go back? | ``rewind`` |
 | who asked for it, and was it done? | ``requests``, ``deletion_log`` |
 | what is pending? | ``listed_requests``, ``next_run`` |
+| how is a result kept? | ``saved_result`` |
 | what may be shown to others? | ``log_export``, ``deletion_statement`` |
 
 >>> import torch
@@ -58,6 +59,11 @@ from opacus_pi.unlearning.rivals import (
     RandomLabels,
     SalUn,
 )
+from opacus_pi.unlearning.saved_result import (
+    SavedResult,
+    load_result,
+    save_result,
+)
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
 
 __all__ = [
@@ -79,6 +85,7 @@ __all__ = [
     "RandomLabels",
     "RewindPlan",
     "SalUn",
+    "SavedResult",
     "StopAtPlateau",
     "StopWhen",
     "Task",
@@ -89,7 +96,9 @@ __all__ = [
     "exported_entries",
     "import_log",
     "list_requests",
+    "load_result",
     "mean_loss",
+    "save_result",
     "verify_export",
 ]
 
