@@ -113,36 +113,17 @@ def run(options: argparse.Namespace) -> int:
         "batch_size": options.batch_size,
     }
 
-    def evaluation_of(
-        forgotten: NDArray[np.int64], all_requested: Iterable[int] = ()
-    ) -> Evaluate | None:
-        """Return the metrics on what a run forgets; None if there is nothing to read.
-
-        Args:
-            forgotten: The examples that the run forgets, also those of requests that
-                earlier commands left pending.
-            all_requested: Examples of all requests, which the retain set excludes.
-        """
-        if test_set is None or not len(not_erased(train_set, forgotten)):
-            return None
-        return make_sets(
-            *(train_set, test_set, forgotten, criterion, options.seed or 0),
-            forgotten_before=list(all_requested),
-        ).metrics
-
+    evaluation_of = _evaluation_of(train_set, test_set, criterion, options.seed or 0)
     with new_directory(options.out) as directory:
         result: UnlearningResult | None
         if options.log:
-            result, request = _carry_out(
-                *(options, unlearner, train_set, forget, owned, settings),
-                evaluation_of,
-                going_back,
-            )
+            more = settings, evaluation_of, going_back
+            found = _carry_out(options, unlearner, train_set, forget, owned, *more)
+            result, request = found
         else:
             carry_out = unlearner.rewind if going_back else unlearner.unlearn
-            evaluate = evaluation_of(forget)
-            result = carry_out(train_set, forget, evaluate=evaluate, **settings)
-            request = {}
+            settings = {**settings, "evaluate": evaluation_of(forget)}
+            result, request = carry_out(train_set, forget, **settings), {}
         if result is not None:
             save_result(directory, result, options.delta)
     facts = {"format": "opacus_pi.cli.unlearn.v1", "out": options.out, **request}
@@ -150,6 +131,36 @@ def run(options: argparse.Namespace) -> int:
     facts["num_erased"] = len(erased_in(train_set))
     answer(options, facts, _text(facts, result))
     return 0
+
+
+def _evaluation_of(
+    train_set: Any, test_set: Any, criterion: Any, seed: int
+) -> Callable[..., Evaluate | None]:
+    """Return a function from what a run forgets to its metrics.
+
+    It is given the examples that the run forgets, also those of requests that earlier
+    commands left pending, and those of all requests, which the retain set excludes. It
+    returns None if there is nothing to evaluate on.
+
+    Args:
+        train_set: The training set.
+        test_set: The test set, or None.
+        criterion: The criterion.
+        seed: Seed of the draw from the retain set.
+    """
+
+    def evaluation(
+        forgotten: NDArray[np.int64], all_requested: Iterable[int] = ()
+    ) -> Evaluate | None:
+        if test_set is None or not len(not_erased(train_set, forgotten)):
+            return None
+        sets = make_sets(
+            *(train_set, test_set, forgotten, criterion, seed),
+            forgotten_before=list(all_requested),
+        )
+        return sets.metrics
+
+    return evaluation
 
 
 def _generator(seed: int | None) -> torch.Generator:
@@ -176,7 +187,7 @@ def _carry_out(
     forget: NDArray[np.int64],
     owned: Owned,
     settings: dict[str, Any],
-    evaluation_of: Callable[[NDArray[np.int64], Iterable[int]], Evaluate | None],
+    evaluation_of: Callable[..., Evaluate | None],
     going_back: dict[str, Any],
 ) -> tuple[UnlearningResult | None, dict[str, Any]]:
     """Enter the requests in the deletion log, and carry out every pending request.

@@ -31,6 +31,7 @@ assumes ``criterion(model(x), y)``. Dropout is switched off, because an example 
 would draw other random numbers than in a batch.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,7 +213,7 @@ def audit_batch(
 
         try:
             recorded = recorded_norms(model, loss, (x, y), run, new_engine)
-            row_of_norms = _compare_norms(recorded, expected, model)
+            row_of_norms = _compare_norms(recorded, expected, model, places)
         except (RuntimeError, TypeError) as error:  # as in training
             recorded = torch.empty(0, dtype=torch.float64)
             text = failed_update(error, run.mode)
@@ -225,13 +226,9 @@ def audit_batch(
             _order_row(recorded, size, norms_of, rounding_of(model)),
         )
         repeated, tolerance = quiet_copy(model, run), rounding_of(model) * 1e-2
-        what = changing_part(repeated, loss, x, y, tolerance)
-        problem = _not_finite(expected, places)
-        if problem:
-            rows = _without_numbers(rows, problem)
-        elif what:
+        if what := changing_part(repeated, loss, x, y, tolerance):
             rows = _not_compared(rows, what)
-        elif row_of_norms.passed is False:
+        elif row_of_norms.passed is False and bool(expected.isfinite().all()):
             rows = _with_outputs_alone(rows, quiet_copy(model, run), x, y, outputs, dim)
     return Audit(run.mode, size, rows, recorded, expected)
 
@@ -294,24 +291,6 @@ def _not_finite(expected: Tensor, places: Sequence[int] | None) -> str:
     return _NOT_FINITE.format(which=which, num_others=len(expected) - len(odd))
 
 
-def _without_numbers(rows: tuple[AuditRow, ...], problem: str) -> tuple[AuditRow, ...]:
-    """Return rows of which only "norms" fails: nothing else can be compared.
-
-    Args:
-        rows: The rows of an audit.
-        problem: What is not finite.
-    """
-    unknown = {"loss": _NO_LOSS, "order": _NO_NORMS}
-    return tuple(
-        AuditRow("norms", False, problem)
-        if row.name == "norms"
-        else AuditRow(row.name, None, unknown[row.name])
-        if row.name in unknown
-        else row
-        for row in rows
-    )
-
-
 def joined(audits: Sequence[Audit]) -> Audit:
     """Join the audits of several batches: keep the worst row of each comparison.
 
@@ -332,8 +311,20 @@ def joined(audits: Sequence[Audit]) -> Audit:
     )
 
 
-def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> AuditRow:
-    """Compare the recorded norms with those of the examples alone."""
+def _compare_norms(
+    recorded: Tensor, expected: Tensor, model: nn.Module, places: Sequence[int] | None
+) -> AuditRow:
+    """Compare the recorded norms with those of the examples alone.
+
+    Args:
+        recorded: float64 ``(b,)``.
+        expected: Norms of the examples alone, ``(b,)``.
+        model: The model, of which the types of the weights are used.
+        places: Positions of the examples in the data set; None: not known.
+    """
+    problem = _not_finite(expected, places)
+    if problem:
+        return AuditRow("norms", False, problem)
     if len(recorded) != len(expected):
         text = _OTHER_NUMBER.format(num=len(recorded), size=len(expected))
         return AuditRow("norms", False, text)
@@ -378,6 +369,8 @@ def _compare_loss(loss: TrainedLoss, outputs: Any, y: Any, run: AuditedRun) -> A
         whole, *alone = [float(loss(*part)) for part in [(outputs, y), *parts]]
     except CoupledLoss as error:
         return AuditRow("loss", False, str(error))
+    if not all(map(math.isfinite, alone)):  # the row of the norms says which
+        return AuditRow("loss", None, _NO_LOSS)
     found = {"mean": sum(alone) / len(alone), "sum": sum(alone)}
     scale = max(map(abs, alone), default=0.0) * 1e-4
     fits = [how for how, value in found.items() if abs(whole - value) <= scale]
@@ -436,7 +429,7 @@ def _order_row(
         norms_of: Returns the norms of one update on the examples in some places.
         rounding: The difference that rounding may cause.
     """
-    if not len(recorded) or recorded.isnan().any():
+    if not len(recorded) or not recorded.isfinite().all():
         return AuditRow("order", None, _NO_NORMS)
     try:
         reverse = norms_of(range(size - 1, -1, -1)).flip(0)

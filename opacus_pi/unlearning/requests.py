@@ -373,11 +373,7 @@ class DeletionRequests(Shown):
                 before it stays; the request in question stays pending.
             RuntimeError: If another process is carrying out requests.
         """
-        require(
-            evaluation_of is None or "evaluate" not in options,
-            "evaluate and evaluation_of were both given.",
-            "Pass evaluation_of, which is told what each run forgets, or evaluate.",
-        )
+        _require_one_evaluation(evaluation_of, options)
         expect(
             size_of(train_set) == self.num_examples,
             "train_set",
@@ -395,17 +391,14 @@ class DeletionRequests(Shown):
             finished = [number for number in found.pending if number in honoured]
             if finished:  # the process was killed before it could log "done"
                 facts = {"found": "in the stored weights"}
-                remains = what_remains(train_set, unlearner.forgotten)
-                self._log_done(finished, facts, remains)
+                self._log_done(finished, facts, _left(train_set, unlearner))
             pending = {n: r for n, r in found.pending.items() if n not in honoured}
             results = []
             for group in _groups(pending, together):
-                indices = [request.indices for request in group.values()]
-                rows = np.unique(np.concatenate(indices))
+                rows = np.unique([i for one in group.values() for i in one.indices])
                 if checkpoints is None and self._has_forgotten(rows):
                     facts = {"found": "forgotten by earlier runs"}
-                    remains = what_remains(train_set, unlearner.forgotten)
-                    self._log_done([*group], facts, remains)
+                    self._log_done([*group], facts, _left(train_set, unlearner))
                     honoured |= set(group)
                     continue
                 if evaluation_of is not None:
@@ -413,8 +406,8 @@ class DeletionRequests(Shown):
                 result = carry_out(train_set, rows, **options)
                 honoured |= set(group)
                 hashes = [found.hashes[number] for number in honoured]
-                remains = what_remains(train_set, unlearner.forgotten)
-                self._complete(group, _run_facts(result), remains, unlearner, hashes)
+                facts, left = _run_facts(result), _left(train_set, unlearner)
+                self._complete(group, facts, left, unlearner, hashes)
                 names = [request.request_id for request in group.values()]
                 record = {**result.record, "requests": names}
                 results.append(replace(result, record=record))
@@ -685,6 +678,27 @@ def training_set_in(entries: Iterable[Entry]) -> tuple[int | None, str | None]:
         if isinstance(facts.get("data_set"), str):
             data_set = facts["data_set"]
     return size, data_set
+
+
+def _require_one_evaluation(
+    evaluation_of: EvaluationOf | None, options: Mapping[str, Any]
+) -> None:
+    """Refuse two evaluations of one run.
+
+    Args:
+        evaluation_of: As for ``process``.
+        options: Its other options.
+    """
+    require(
+        evaluation_of is None or "evaluate" not in options,
+        "evaluate and evaluation_of were both given.",
+        "Pass evaluation_of, which is told what each run forgets, or evaluate.",
+    )
+
+
+def _left(train_set: Any, unlearner: Unlearner) -> dict[str, Any]:
+    """Return what the log stores about the examples that remain after a run."""
+    return what_remains(train_set, unlearner.forgotten)
 
 
 def _groups(
