@@ -45,6 +45,14 @@ def test_figures_not_run_are_listed_as_such(tmp_path):
     assert f"Of 18 claims: {counts}." in page
 
 
+def test_parts_with_another_verdict_are_named_in_the_table(tmp_path):
+    parts = {"farther": "borne out", "slower": "not testable yet", "runs": ""}
+    judged = {name: {"verdict": one, "because": ""} for name, one in parts.items()}
+    figure = content("not testable yet", 0.9) | {"parts": judged}
+    page = page_of(dict.fromkeys(FIGURES) | {"fig6": figure}, tmp_path)
+    assert "| **not testable yet**; farther: borne out |" in page
+
+
 def test_a_second_run_is_the_same_or_says_what_it_found():
     first = dict.fromkeys(FIGURES) | {
         name: content("borne out", 0.9) for name in ("fig2", "fig9", "ranks")
