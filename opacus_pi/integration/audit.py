@@ -228,7 +228,7 @@ def audit_batch(
         repeated, tolerance = quiet_copy(model, run), rounding_of(model) * 1e-2
         if what := changing_part(repeated, loss, x, y, tolerance):
             rows = _not_compared(rows, what)
-        elif row_of_norms.passed is False and bool(expected.isfinite().all()):
+        elif row_of_norms.passed is False and bool(recorded.isfinite().all()):
             rows = _with_outputs_alone(rows, quiet_copy(model, run), x, y, outputs, dim)
     return Audit(run.mode, size, rows, recorded, expected)
 
@@ -323,7 +323,7 @@ def _compare_norms(
         places: Positions of the examples in the data set; None: not known.
     """
     problem = _not_finite(expected, places)
-    if problem:
+    if problem and not recorded.isfinite().all():  # else a loss alone has no mean
         return AuditRow("norms", False, problem)
     if len(recorded) != len(expected):
         text = _OTHER_NUMBER.format(num=len(recorded), size=len(expected))
@@ -369,7 +369,7 @@ def _compare_loss(loss: TrainedLoss, outputs: Any, y: Any, run: AuditedRun) -> A
         whole, *alone = [float(loss(*part)) for part in [(outputs, y), *parts]]
     except CoupledLoss as error:
         return AuditRow("loss", False, str(error))
-    if not all(map(math.isfinite, alone)):  # the row of the norms says which
+    if not math.isfinite(whole):  # the row of the norms says which example it is
         return AuditRow("loss", None, _NO_LOSS)
     found = {"mean": sum(alone) / len(alone), "sum": sum(alone)}
     scale = max(map(abs, alone), default=0.0) * 1e-4
