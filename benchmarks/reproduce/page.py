@@ -147,11 +147,11 @@ Three of the five start at the oracles, so the order of the other two could not 
 the verdict: the claims about times were borne out whatever happened. These claims are
 measured again with 20 forget sets, one figure after the other, and are *not testable
 yet* until then. At the learning rate that the search finds, fine-tuning closes more
-than half of the gap in its first epoch (fig1-middle, fig5). Whether harder sets are
-*slower* is therefore left to the figure rates, which has smaller learning rates too.
-The table counts, for all methods of the earlier run, the runs that came within five
-points of the oracles at some epoch. Many of them ended outside, or lost more than five
-points of test accuracy.
+than half of the gap in its first epoch (fig1-middle, fig5). L1-sparse changes the
+retained images too much (fig6). Whether harder sets are *slower* is therefore left to
+the figure rates, which has smaller learning rates too. The table counts, for all
+methods of the earlier run, the runs that came within five points of the oracles at some
+epoch. Many of them ended outside, or lost more than five points of test accuracy.
 
 {crossings}
 
