@@ -279,6 +279,15 @@ class Chain:
         """
         return link in self._reasons
 
+    def is_reported(self, link: str) -> bool:
+        """Return whether anything was reported on a link in this part of the run.
+
+        Args:
+            link: One of ``LINKS``.
+        """
+        known = self._reasons, self._evidence, self._awaited
+        return any(link in found for found in known) or bool(self._doubts.get(link))
+
     def is_checked(self, link: str) -> bool:
         """Return whether a link was seen to hold for all updates so far.
 

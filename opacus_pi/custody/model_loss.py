@@ -37,6 +37,7 @@ from opacus_pi.models.batches import NUM_ITEMS, floating, rows_of, tensors_of
 from opacus_pi.models.copies import evaluation_copy
 from opacus_pi.models.forward_call import ForwardCall
 from opacus_pi.models.no_trace import random_state_untouched
+from opacus_pi.models.precision import Precision
 
 __all__ = ["ModelLossProbe"]
 
@@ -176,16 +177,17 @@ class ModelLossProbe:
         """
         batch = (kept.call.args, dict(kept.call.kwargs))
         items = batch[1].get(NUM_ITEMS)
-        takes_sum, tolerance = self._takes_sum, _tolerance(model, kept)
-        found = None
-        if items is not None and not takes_sum:
-            found = self._without_items(model, kept, batch)
-        if found is None:  # as the loop called the model
-            takes_sum = takes_sum or items is not None
-            found = _losses(model, kept, batch)
-            factor = None if items is None else kept.size / float(items)
-        else:
-            factor = _loss(model, kept, batch) / found[0]
+        takes_sum, found = self._takes_sum, None
+        with Precision() as precision:
+            if items is not None and not takes_sum:
+                found = self._without_items(model, kept, batch)
+            if found is None:  # as the loop called the model
+                takes_sum = takes_sum or items is not None
+                found = _losses(model, kept, batch)
+                factor = None if items is None else kept.size / float(items)
+            else:
+                factor = _loss(model, kept, batch) / found[0]
+        tolerance = _ROUGH if precision.is_half else _TOLERANCE
         reason = _reason(found, kept.size, tolerance, takes_sum=takes_sum)
         before, self._factor = self._factor, factor
         if reason or factor is None or before is None:
@@ -277,10 +279,3 @@ def _by_number_of_labels(batch: Any, size: int) -> Tensor:
         if tensor.dim() and len(tensor) == size and not tensor.is_floating_point():
             counts += (tensor.reshape(size, -1) >= 0).sum(1).cpu()
     return counts.argsort(stable=True)
-
-
-def _tolerance(model: nn.Module, kept: _Kept) -> float:
-    """Return the relative difference of two losses that rounding may explain."""
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    is_fine = kinds <= {torch.float32, torch.float64}
-    return _TOLERANCE if is_fine and kept.call.mixed_type is None else _ROUGH

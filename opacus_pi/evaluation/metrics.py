@@ -20,6 +20,7 @@ from torch import nn
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.evaluation.membership import membership_inference
+from opacus_pi.models.collating import Collate
 from opacus_pi.models.own_losses import Criterion
 from opacus_pi.models.predictions import Data, Predictions, predict
 
@@ -99,6 +100,7 @@ def evaluate(
     retain: Data,
     test: Data,
     batch_size: int = 256,
+    collate_fn: Collate | None = None,
 ) -> dict[str, float]:
     """Evaluate a model on the forget, retain and test sets without changing anything.
 
@@ -112,6 +114,7 @@ def evaluate(
         retain: The retain set, or a fixed subset of it.
         test: The test set.
         batch_size: Batch size for data sets.
+        collate_fn: Makes a batch of a list of items of a data set; torch's by default.
 
     Returns:
         The numbers of :func:`summarise`.
@@ -121,7 +124,9 @@ def evaluate(
     """
     return summarise(
         *(
-            predict(model, data, criterion, batch_size=batch_size)
+            predict(
+                model, data, criterion, batch_size=batch_size, collate_fn=collate_fn
+            )
             for data in (forget, retain, test)
         )
     )

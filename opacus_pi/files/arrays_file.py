@@ -286,10 +286,18 @@ def opened(
                 _check_shape(name, key, file.get_slice(key).get_shape())
             yield file, header
     except (SafetensorError, TypeError, AttributeError) as error:
+        what = f"{name} ({error}). It is truncated, or another kind of file. {_AGAIN}"
+        if kind.from_archive and _is_archive(name):
+            what = f"{name}, which is a file of torch.save. {kind.from_archive}"
         raise ValueError(
-            f"path must be a whole file with {kind.words}, got {name} ({error}). "
-            f"It is truncated, or another kind of file. {_AGAIN}"
+            f"path must be a whole file with {kind.words}, got {what}"
         ) from error
+
+
+def _is_archive(name: str) -> bool:
+    """Return whether a file begins as those of ``torch.save`` do."""
+    with open(name, "rb") as file:
+        return file.read(2) == b"PK"
 
 
 def named_kind(path: str | os.PathLike[str]) -> str | None:

@@ -52,6 +52,8 @@ class FileKind:
             string because readers are defined in packages that import this one, and
             because a look-up must not import torch.
         earlier_versions: The format versions of earlier releases that are read too.
+        from_archive: How to read one from a file of ``torch.save``; empty if no such
+            file has one.
     """
 
     name: str
@@ -59,6 +61,7 @@ class FileKind:
     version: int = 1
     reader: str = ""
     earlier_versions: tuple[int, ...] = ()
+    from_archive: str = ""
 
     @property
     def readable_versions(self) -> tuple[int, ...]:
@@ -98,6 +101,9 @@ GRAD_NORM_LEDGER = FileKind(
     version=3,  # since 3: the kind of generator that the noise was drawn from
     earlier_versions=(1, 2),
     reader="opacus_pi.ledger.grad_norm_ledger:GradNormLedger.load",
+    from_archive="If PrivacyEngine.save_checkpoint wrote it, as a Trainer's callback "
+    "does, opacus_pi.integration.checkpoints.ledger_in_checkpoint(path) reads its "
+    "ledger.",
 )
 GRAM_LEDGER = FileKind(
     "opacus_pi.GramLedger",

@@ -17,7 +17,7 @@ tensor([[25.,  0.],
         [ 0., 25.]], dtype=torch.float64)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ from opacus_pi.models.batches import (
     to_device,
     unsqueeze,
 )
+from opacus_pi.models.collating import Collate, Collating
 from opacus_pi.models.copies import evaluation_copy
 from opacus_pi.models.losses import float64_losses
 from opacus_pi.models.no_trace import isolated
@@ -51,8 +52,6 @@ from opacus_pi.models.own_losses import Criterion
 
 _MAX_BYTES = 1 << 30  # of gradients held at once
 _VMAP_ELEMENTS = 1 << 26  # entries of gradients that one call of vmap forms
-
-Collate = Callable[[list[Any]], Any]
 
 
 def gradient_gram(
@@ -203,7 +202,7 @@ class _Batches:
         self._data_set, self._device = data_set, device
         self._options: dict[str, Any] = {
             "batch_size": batch_size,
-            "collate_fn": collate_fn,
+            "collate_fn": Collating(collate_fn),
         }
 
     def __call__(self, indices: NDArray[np.int64]) -> Iterator[tuple[Any, Any]]:

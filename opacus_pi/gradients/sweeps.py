@@ -42,6 +42,7 @@ from opacus_pi.models.batches import (
     size_of,
     to_device,
 )
+from opacus_pi.models.collating import Collating
 from opacus_pi.models.copies import evaluation_copy
 from opacus_pi.models.no_trace import isolated
 from opacus_pi.models.own_losses import Criterion
@@ -255,7 +256,7 @@ def measured(
     parts = []
     with isolated():
         engine = NormEngine(model, criterion)
-        loading = {"num_workers": num_workers, "collate_fn": collate_fn}
+        loading = {"num_workers": num_workers, "collate_fn": Collating(collate_fn)}
         batches = _Batches(data_set, loading, engine.device)
         squares = engine.squares
         if batch_size is None:

@@ -46,6 +46,7 @@ from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audited_run import AuditedRun
 from opacus_pi.integration.audited_update import (
     TrainedLoss,
+    forward_with_precision,
     largest_gap,
     measuring,
     norms_of_copy,
@@ -60,10 +61,10 @@ from opacus_pi.integration.repeated_calls import changing_part
 from opacus_pi.models.batches import (
     arguments,
     device_of,
-    forward,
     inputs_and_targets,
     num_examples,
     rows_of,
+    tensors_of,
     to_device,
 )
 from opacus_pi.models.live_modules import uncalled_by_criterion
@@ -105,6 +106,16 @@ _ALL_NOT_FINITE = (
     "inputs and the loss: one of them has infinite or NaN values for every example."
 )
 _NUM_NAMED = 5  # examples that a message lists
+_NOT_CALLED = (
+    "criterion(outputs, targets) fails for outputs of the shape {outputs} and targets "
+    "of the shape {targets}: {error}."
+)
+_TOKENS = (
+    "The model gives each example several labels. Pass TokenLoss() of "
+    "opacus_pi.integration.hugging_face as criterion, and train with it: "
+    "Trainer(compute_loss_func=...), or the same call in your loop."
+)
+_FITTING = "Pass the criterion with which the loop computes its loss from the logits."
 _STATES = {True: "ok", False: "FAILED", None: "unknown"}
 _PASSED = {"checked": True, "unchecked": None, "broken": False}
 
@@ -195,6 +206,49 @@ def audit_batch(
     )
     x, y = to_device(inputs_and_targets(batch), device_of(model))
     size, dim = num_examples(y), run.batch_dim
+    _require_several(size)
+    with measuring(), uncalled_by_criterion(model):
+        loss = TrainedLoss(criterion, run)
+        outputs, precision = forward_with_precision(quiet_copy(model, run), x)
+        rounding = rounding_of(model, precision)
+        expected = _norms_alone(model, loss, x, y, run, outputs)
+
+        def norms_of(places: Sequence[int]) -> Tensor:
+            chosen = rows_of((x, y), places, size, dim)
+            return recorded_norms(model, loss, chosen, run, new_engine)
+
+        try:
+            recorded = recorded_norms(model, loss, (x, y), run, new_engine)
+            row_of_norms = _compare_norms(recorded, expected, rounding, places)
+        except (RuntimeError, TypeError) as error:  # as in training
+            recorded = torch.empty(0, dtype=torch.float64)
+            text = failed_update(error, run.mode)
+            row_of_norms = AuditRow("norms", False, text)
+        rows: tuple[AuditRow, ...] = (
+            row_of_norms,
+            _compare_loss(loss, outputs, y, run),
+            _model_row(quiet_copy(model, run), x, run),
+            _order_row(recorded, size, norms_of, rounding),
+        )
+        repeated, tolerance = quiet_copy(model, run), rounding * 1e-2
+        if what := changing_part(repeated, loss, x, y, tolerance):
+            rows = _not_compared(rows, what)
+        elif row_of_norms.passed is False and bool(recorded.isfinite().all()):
+            quiet = quiet_copy(model, run)
+            alone = compare_alone(quiet, x, outputs, size, dim, rounding)
+            rows = _with_outputs_alone(rows, alone)
+    return Audit(run.mode, size, rows, recorded, expected)
+
+
+def _require_several(size: int) -> None:
+    """Raise unless a batch has examples that could influence each other.
+
+    Args:
+        size: The number of examples.
+
+    Raises:
+        ValueError: If there are fewer than two.
+    """
     expect(
         size > 1,
         "batch",
@@ -203,51 +257,68 @@ def audit_batch(
         "Pass a larger batch: one example alone does not show whether examples "
         "influence each other.",
     )
-    with measuring(), uncalled_by_criterion(model):
-        loss = TrainedLoss(criterion, run)
-        expected = norms_of_copy(model, loss, x, y, run)
 
-        def norms_of(places: Sequence[int]) -> Tensor:
-            chosen = rows_of((x, y), places, size, dim)
-            return recorded_norms(model, loss, chosen, run, new_engine)
 
-        try:
-            recorded = recorded_norms(model, loss, (x, y), run, new_engine)
-            row_of_norms = _compare_norms(recorded, expected, model, places)
-        except (RuntimeError, TypeError) as error:  # as in training
-            recorded = torch.empty(0, dtype=torch.float64)
-            text = failed_update(error, run.mode)
-            row_of_norms = AuditRow("norms", False, text)
-        outputs = forward(quiet_copy(model, run), x)
-        rows: tuple[AuditRow, ...] = (
-            row_of_norms,
-            _compare_loss(loss, outputs, y, run),
-            _model_row(quiet_copy(model, run), x, run),
-            _order_row(recorded, size, norms_of, rounding_of(model)),
+def _norms_alone(
+    model: nn.Module, loss: TrainedLoss, x: Any, y: Any, run: AuditedRun, outputs: Any
+) -> Tensor:
+    """Return the norms of the examples alone, ``(b,)``.
+
+    Args:
+        model: The model.
+        loss: The criterion.
+        x: Inputs of b examples.
+        y: Their targets.
+        run: How they are trained on.
+        outputs: What the model returns for the inputs.
+
+    Raises:
+        ValueError: If the criterion cannot be called on the outputs.
+    """
+    try:
+        return norms_of_copy(model, loss, x, y, run)
+    except MODEL_ERRORS:
+        _require_fitting(loss, outputs, y)
+        raise
+
+
+def _require_fitting(loss: TrainedLoss, outputs: Any, y: Any) -> None:
+    """Raise if a criterion cannot be called on the outputs of a batch.
+
+    Args:
+        loss: The criterion.
+        outputs: Of the model.
+        y: The targets.
+
+    Raises:
+        ValueError: If it cannot; the message has the shapes.
+    """
+    try:
+        loss(outputs, y)
+    except CoupledLoss:
+        return
+    except MODEL_ERRORS as error:
+        given, wanted = (tensors_of(tree) for tree in (outputs, y))
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
+        targets = ", ".join(str(tuple(tensor.shape)) for tensor in wanted)
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        is_tagged = len(given) == len(wanted) == 1 and (
+            given[0].dim() == 3 and given[0].shape[:2] == wanted[0].shape
         )
-        repeated, tolerance = quiet_copy(model, run), rounding_of(model) * 1e-2
-        if what := changing_part(repeated, loss, x, y, tolerance):
-            rows = _not_compared(rows, what)
-        elif row_of_norms.passed is False and bool(recorded.isfinite().all()):
-            rows = _with_outputs_alone(rows, quiet_copy(model, run), x, y, outputs, dim)
-    return Audit(run.mode, size, rows, recorded, expected)
+        remedy = _TOKENS if is_tagged else _FITTING
+        text = _NOT_CALLED.format(outputs=shapes, targets=targets, error=first)
+        raise ValueError(f"{text} {remedy}") from error
 
 
 def _with_outputs_alone(
-    rows: tuple[AuditRow, ...], model: nn.Module, x: Any, y: Any, outputs: Any, dim: int
+    rows: tuple[AuditRow, ...], finding: Finding | None
 ) -> tuple[AuditRow, ...]:
     """Return rows of which "model" says what the outputs for single examples show.
 
     Args:
         rows: The rows of an audit in which the norms differ.
-        model: A copy of the model.
-        x: Inputs of the batch.
-        y: Their targets.
-        outputs: What the model returned for the inputs.
-        dim: The dimension of the inputs along which the examples are.
+        finding: What they show; None: nothing.
     """
-    size = num_examples(y)
-    finding = compare_alone(model, x, outputs, size, dim, rounding_of(model))
     if finding is None:
         return rows
     found = AuditRow("model", _PASSED[finding.state], finding.sentence)
@@ -312,14 +383,14 @@ def joined(audits: Sequence[Audit]) -> Audit:
 
 
 def _compare_norms(
-    recorded: Tensor, expected: Tensor, model: nn.Module, places: Sequence[int] | None
+    recorded: Tensor, expected: Tensor, rounding: float, places: Sequence[int] | None
 ) -> AuditRow:
     """Compare the recorded norms with those of the examples alone.
 
     Args:
         recorded: float64 ``(b,)``.
         expected: Norms of the examples alone, ``(b,)``.
-        model: The model, of which the types of the weights are used.
+        rounding: The difference that rounding may cause.
         places: Positions of the examples in the data set; None: not known.
     """
     problem = _not_finite(expected, places)
@@ -331,7 +402,7 @@ def _compare_norms(
     if recorded.isnan().any():
         return AuditRow("norms", None, _NO_NORMS)
     gap = largest_gap(recorded, expected)
-    if gap <= rounding_of(model):
+    if gap <= rounding:
         return AuditRow(
             "norms",
             True,

@@ -7,7 +7,6 @@ audited while it goes on.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,7 +25,6 @@ from opacus_pi.models.backward_gradients import (
 from opacus_pi.models.batches import (
     arguments,
     device_of,
-    floating,
     forward,
     logits_of,
     num_examples,
@@ -36,13 +34,15 @@ from opacus_pi.models.copies import independent_copy, training_copy
 from opacus_pi.models.known_losses import is_known_loss, label_mean_of
 from opacus_pi.models.live_modules import LiveModules, own_parameters_only
 from opacus_pi.models.no_trace import isolated
+from opacus_pi.models.output_gradients import OutputGradients
 from opacus_pi.models.own_generators import OwnGenerators
 from opacus_pi.models.own_losses import CoupledLoss, Criterion, OwnLosses
+from opacus_pi.models.precision import ROUNDINGS, Precision
 from opacus_pi.recording import Recorder
 
 __all__ = [
-    "OutputGradients",
     "TrainedLoss",
+    "forward_with_precision",
     "largest_gap",
     "measuring",
     "norms_alone",
@@ -51,7 +51,6 @@ __all__ = [
     "quiet_copy",
     "recorded_norms",
     "rounding_of",
-    "rows_by_example",
     "times_as_large",
     "user_criterion",
 ]
@@ -232,7 +231,7 @@ def norms_of_update(
     run: AuditedRun,
     new_engine: Callable[[Recorder], Any],
     surroundings: AbstractContextManager[None] | None = None,
-) -> tuple[Tensor, Any, "OutputGradients"]:
+) -> tuple[Tensor, Any, OutputGradients]:
     """Train a copy of a model for one update without noise or step size.
 
     Args:
@@ -277,66 +276,6 @@ def norms_of_update(
     return recorder.norms, outputs, gradients
 
 
-class OutputGradients:
-    """The gradients that the first backward pass brings to the outputs of a model.
-
-    Ghost clipping has a second backward pass, with other weights of the examples. The
-    gradients are those after all hooks that the loop has put on the outputs.
-
-    Args:
-        outputs: Tensors in any nesting; None: none.
-    """
-
-    def __init__(self, outputs: Any) -> None:
-        self._found: dict[int, Tensor] = {}
-        for place, tensor in enumerate(floating(outputs).values()):
-            if tensor.grad_fn is not None:
-                saw = partial(self._saw, place, tensor.output_nr)
-                tensor.grad_fn.register_prehook(saw)
-
-    def _saw(self, place: int, number: int, gradients: Sequence[Tensor | None]) -> None:
-        """Keep a copy of the gradient of one output.
-
-        Args:
-            place: The position of the output.
-            number: Its position among the results of the operation that computed it.
-            gradients: The gradients of these results.
-        """
-        gradient = gradients[number]
-        if gradient is not None:
-            self._found.setdefault(place, gradient.detach().clone())
-
-    def tensors(self) -> dict[int, Tensor]:
-        """Return the gradients by the position of their output, as far as they came."""
-        return self._found
-
-    def by_example(self, size: int, dim: int) -> Tensor:
-        """Return the gradients of all outputs, float64 ``(b, k)`` on the CPU.
-
-        Args:
-            size: The number of examples, b.
-            dim: The dimension along which they are, as in ``rows_of``.
-        """
-        gradients = [gradient for _, gradient in sorted(self._found.items())]
-        return rows_by_example([g.cpu().double() for g in gradients], size, dim)
-
-
-def rows_by_example(gradients: Sequence[Tensor], size: int, dim: int) -> Tensor:
-    """Return gradients of several outputs side by side, ``(b, k)``.
-
-    Args:
-        gradients: The gradients; those without a dimension of this size are left out.
-        size: The number of examples, b.
-        dim: The dimension along which they are, as in ``rows_of``.
-    """
-    parts = [torch.empty(size, 0, dtype=torch.float64)]
-    for gradient in gradients:
-        along = [d for d in (dim, 0, 1) if gradient.shape[d : d + 1] == (size,)]
-        if along:
-            parts.append(gradient.movedim(along[0], 0).reshape(size, -1))
-    return torch.cat(parts[1:] or parts, dim=1)
-
-
 def largest_gap(one: Tensor, other: Tensor) -> float:
     """Return the largest difference of two norms, relative to the largest norm.
 
@@ -357,20 +296,54 @@ def times_as_large(norms: Tensor, expected: Tensor) -> str:
 
     >>> times_as_large(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 2.0]))
     '1 to 2 times as large'
+    >>> times_as_large(torch.tensor([0.9952, 1.0004]), torch.ones(2))
+    '0.9952 to 1.0004 times as large'
     """
     if not bool(torch.isfinite(norms).all() and torch.isfinite(expected).all()):
         return "not finite (infinite or NaN)"
     ratios = norms / expected.clamp(min=1e-300)
-    low, high = (f"{float(one):.3g}" for one in (ratios.min(), ratios.max()))
+    ends = [float(ratios.min()), float(ratios.max())]
+    low, high = _with_digits(ends)
     return f"{low if low == high else f'{low} to {high}'} times as large"
 
 
-def rounding_of(model: nn.Module) -> float:
-    """Return the relative difference of norms that rounding may cause."""
+def _with_digits(ratios: Sequence[float]) -> list[str]:
+    """Return ratios as text, with digits enough to tell them from 1.
+
+    Args:
+        ratios: Ratios of norms; those within 1e-6 of 1 are shown as 1.
+    """
+    others = [ratio for ratio in ratios if abs(ratio - 1) > 1e-6]
+    for digits in range(3, 9):
+        if all(f"{ratio:.{digits}g}" != "1" for ratio in others):
+            break
+    return [f"{ratio:.{digits}g}" for ratio in ratios]
+
+
+def rounding_of(model: nn.Module, precision: Precision | None = None) -> float:
+    """Return the relative difference of norms that rounding may cause.
+
+    Args:
+        model: The model.
+        precision: What was noted of a pass; None: only the parameters are looked at.
+    """
     kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    rounding = max((torch.finfo(kind).eps for kind in kinds), default=1e-7)
+    eps = max((torch.finfo(kind).eps for kind in kinds), default=0.0)
     is_cpu = device_of(model).type == "cpu"
-    return max(1e-3 if is_cpu else 1e-2, 32 * rounding)
+    noted = 0.0 if precision is None else precision.rounding
+    return max(1e-3 if is_cpu else 1e-2, ROUNDINGS * eps, noted)
+
+
+def forward_with_precision(model: nn.Module, x: Any) -> tuple[Any, Precision]:
+    """Return the outputs of a model, and in which precision it computed them.
+
+    Args:
+        model: A copy of the model.
+        x: Inputs of a batch.
+    """
+    precision = Precision()
+    with precision:
+        return forward(model, x), precision
 
 
 @contextmanager

@@ -123,6 +123,8 @@ def without_code(options: Mapping[str, Any]) -> dict[str, Any]:
         return {**options, "torch_load_kwargs": how}
     content = read_torch_file(options["path"], remedy=_OTHER_OBJECTS, **how)
     _require_checkpoint(content, options["path"])
+    if not options.get("module_load_dict_kwargs"):
+        _require_weights(content, options["path"], options.get("module"))
     safe = io.BytesIO()
     torch.save(content, safe)  # what weights_only=True has accepted
     safe.seek(0)
@@ -163,6 +165,29 @@ def _require_checkpoint(content: Any, path: Any) -> None:
             if is_bare
             else "Resume from another checkpoint."
         ),
+    )
+
+
+def _require_weights(content: Mapping[str, Any], path: Any, module: Any) -> None:
+    """Refuse to load weights from a checkpoint that was saved without any.
+
+    Args:
+        content: What the file holds.
+        path: Its name, for the message.
+        module: The module that is to get them.
+
+    Raises:
+        ValueError: If the module has tensors and the checkpoint has none.
+    """
+    has_none = not content["module_state_dict"]
+    expect(
+        not (has_none and isinstance(module, nn.Module) and module.state_dict()),
+        "module",
+        f"a {type(module).__name__}",
+        f"must be torch.nn.Identity() for {path}, which has no weights: a trainer "
+        "stores them beside it",
+        "Nothing was loaded. Resume the trainer with its callback, or read the ledger "
+        "by opacus_pi.integration.checkpoints.ledger_in_checkpoint(path).",
     )
 
 
@@ -302,6 +327,8 @@ class Checkpoints:
 
     Attributes:
         run_state: The state of the run that was prepared last; None before.
+        trainer_has_optimizer: Whether a trainer saves and loads the optimizer of the
+            run by itself, and has loaded it before the engine loads a checkpoint.
     """
 
     _tracker: Tracker | None = None
@@ -309,10 +336,11 @@ class Checkpoints:
 
     def __init__(self) -> None:
         self.run_state: RunState | None = None
+        self.trainer_has_optimizer = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy holds: no run, which has another loader."""
-        return {"run_state": None}
+        return {"run_state": None, "trainer_has_optimizer": False}
 
     def begin(self, run_state: "RunState | None", tracker: Tracker) -> None:
         """Save and resume a run from now on.
@@ -358,8 +386,9 @@ class Checkpoints:
         states = self.run_state.state_dict()
         prefixed = {f"{_RUN_STATE}{name}": value for name, value in states.items()}
         state = {**recorder.state_dict(), **prefixed, _HISTORY: _history_of(accountant)}
-        if optimizer is not None:
-            state[_OPTIMIZER] = state_name(optimizer.state_dict())
+        saved = optimizer or self._trainers_optimizer()
+        if saved is not None:
+            state[_OPTIMIZER] = state_name(saved.state_dict())
         if self._tracker is not None:
             contents = self._tracker.contents.state_dict()
             state |= {f"{_CONTENTS}{name}": value for name, value in contents.items()}
@@ -385,7 +414,13 @@ class Checkpoints:
                 "none has been prepared. Call make_private or make_monitored first."
             )
 
-    def was_loaded_without_optimizer(self, recorder: Recorder) -> None:
+    def _trainers_optimizer(self) -> DPOptimizer | None:
+        """Return the optimizer that a trainer saves and loads; None: none does."""
+        if not self.trainer_has_optimizer or self.run_state is None:
+            return None
+        return self.run_state.optimizer
+
+    def _was_loaded_without_optimizer(self, recorder: Recorder) -> None:
         """Leave "weights" unchecked if the run's optimizer keeps a state of its own.
 
         Args:
@@ -445,8 +480,11 @@ class Checkpoints:
                     reasons.append(_OTHER_HISTORY.format(num_steps_of(accountant)))
                 if _has_other_weights(module, checkpoint, state):
                     reasons.append(_OTHER_WEIGHTS)
-                if are_different(state.get(_OPTIMIZER), optimizer):
+                loaded = optimizer or self._trainers_optimizer()
+                if are_different(state.get(_OPTIMIZER), loaded):
                     reasons.append(OTHER_STATE)
+                if optimizer is None and (loaded is None or _OPTIMIZER not in state):
+                    loads.append(partial(self._was_loaded_without_optimizer, recorder))
             except ValueError as error:
                 if restore_rng and not state:
                     raise

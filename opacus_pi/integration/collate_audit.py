@@ -36,6 +36,7 @@ from opacus_pi.integration.audit import Audit, AuditRow, audit_batch, finding_of
 from opacus_pi.integration.audited_run import AuditedRun, Examples
 from opacus_pi.integration.audited_update import (
     TrainedLoss,
+    forward_with_precision,
     largest_gap,
     measuring,
     norms_alone,
@@ -233,13 +234,21 @@ class _Comparison:
         if not self._compared:
             return AuditRow("batch", None, _NOT_MATCHED)
         own, others = torch.tensor([*self._norms, (0.0, 0.0)], dtype=torch.float64).T
-        if largest_gap(others, own) <= rounding_of(self._model):
+        if largest_gap(others, own) <= self._rounding():
             text = _SAME.format(size=len(self._compared))
             return AuditRow("batch", True, text)
         if self._is_random and not self._collated.has_one_shape:
             return AuditRow("batch", None, _RANDOM)
         difference = times_as_large(others[:-1], own[:-1])
         return AuditRow("batch", False, _COUPLED.format(difference=difference))
+
+    def _rounding(self) -> float:
+        """Return the relative difference of norms that rounding may cause."""
+        model, batch = self._model, self._whole.batch
+        x, _ = to_device(inputs_and_targets(batch), device_of(model))
+        with torch.no_grad():
+            quiet = quiet_copy(model, self._run)
+            return rounding_of(model, forward_with_precision(quiet, x)[1])
 
     def _compare(self, item: int) -> str:
         """Compare one example among its own and among other items.

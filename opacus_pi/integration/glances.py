@@ -35,7 +35,6 @@ from opacus_pi.attribution.targets import in_order_of_pass
 from opacus_pi.custody import Chain
 from opacus_pi.custody.function_copies import copied_if_possible
 from opacus_pi.gradients.fallback import MODEL_ERRORS
-from opacus_pi.integration.audited_update import OutputGradients, rows_by_example
 from opacus_pi.integration.loss_multiples import LossMultiples
 from opacus_pi.models.batches import (
     floating,
@@ -43,6 +42,7 @@ from opacus_pi.models.batches import (
     logits_of,
     map_tensors,
 )
+from opacus_pi.models.output_gradients import OutputGradients, rows_by_example
 
 __all__ = ["Glance", "Glances"]
 

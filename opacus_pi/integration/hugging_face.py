@@ -21,6 +21,7 @@ attributes of Accelerate's wrappers: ``AcceleratedOptimizer.optimizer`` and
 """
 
 import secrets
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ _ONE_PROCESS = (
     "opacus.distributed.DifferentiallyPrivateDistributedDataParallel."
 )
 _ONE_BATCH = "Use a larger per_device_train_batch_size, so that each update uses one "
+_NOT_SEEN = (
+    "The trainer computes the loss outside of the model, with compute_loss_func or a "
+    "compute_loss of its own, and PrivacyCallback was given no criterion. Every number "
+    "assumes that each example has a loss of its own, which was not checked. Pass the "
+    "same loss as PrivacyCallback(criterion=...), called as criterion(logits, labels)."
+)
+_COMPARED = (
+    "PrivacyCallback(criterion=...) is only compared with the loss that the trainer "
+    "uses: the one that the model returns, or that of compute_loss_func. To train with "
+    "the criterion, pass it as Trainer(compute_loss_func=...), too."
+)
 _SETTINGS: dict[str, tuple[Any, str]] = {
     "world_size": (1, _ONE_PROCESS),
     "gradient_accumulation_steps": (1, _ONE_BATCH + "batch of the loader."),
@@ -126,6 +138,7 @@ class PrivacyCallback(TrainerCallback):
         self._hooks: AbstractGradSampleHooks | None = None
         self._optimizer: Optimizer | None = None  # the trainer's own
         self._loader: DataLoader[Any] | None = None
+        self._num_steps = 0  # since the training began
 
     @property
     def _is_private(self) -> bool:
@@ -172,6 +185,9 @@ class PrivacyCallback(TrainerCallback):
         require_three(prepared, options.get("grad_sample_mode"))
         hooks, optimizer.optimizer, train_dataloader.base_dataloader = prepared
         self._hooks = hooks if self._is_private else None
+        self._num_steps = 0
+        # The trainer has loaded the state of its optimizer before training begins.
+        self.engine.checkpoints.trainer_has_optimizer = True
         if saved is not None:
             self.engine.load_checkpoint(path=saved, module=nn.Identity())
         if self.criterion is not None:
@@ -206,6 +222,9 @@ class PrivacyCallback(TrainerCallback):
         """
         if state.global_step <= _NUM_FIRST:
             self._stop_if_refused()
+        self._num_steps += 1
+        if self._num_steps == 1:
+            self._say_if_loss_is_not_seen()
 
     def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Stop a run whose numbers would be refused, whenever the trainer logs.
@@ -329,8 +348,18 @@ class PrivacyCallback(TrainerCallback):
         """
         chain = self.engine.recorder.chain
         reason = "" if chain is None else chain.refusal()
-        if reason:
-            raise AccountingError(reason)
+        if not reason or chain is None:
+            return
+        is_compared = self.criterion is not None and chain.is_broken("loss")
+        raise AccountingError(f"{reason} {_COMPARED}" if is_compared else reason)
+
+    def _say_if_loss_is_not_seen(self) -> None:
+        """Warn if nothing looks at the loss, which the trainer computes itself."""
+        chain = self.engine.recorder.chain
+        if chain is None or self.criterion is not None:
+            return
+        if not chain.is_reported("loss"):
+            warnings.warn(_NOT_SEEN, stacklevel=2)
 
 
 def _folder(args: Any, state: Any) -> Path:

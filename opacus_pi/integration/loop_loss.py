@@ -46,7 +46,6 @@ from opacus_pi.custody.repeated_loss import RepeatedLoss
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audited_run import AuditedRun
 from opacus_pi.integration.audited_update import (
-    OutputGradients,
     TrainedLoss,
     largest_gap,
     measuring,
@@ -63,6 +62,8 @@ from opacus_pi.models.batches import floating, inputs_and_targets, to_device
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.forward_call import ForwardCall
 from opacus_pi.models.known_losses import is_known_loss, label_mean_of
+from opacus_pi.models.output_gradients import OutputGradients
+from opacus_pi.models.precision import Precision
 from opacus_pi.recording import Recorder
 
 __all__ = ["LoopLoss", "not_compared"]
@@ -305,6 +306,7 @@ class LoopLoss:
         self._num_updates = self.num_compared = self._num_attempts = 0
         self._had_samples = self._has_compared = False
         self._num_passes, self._chosen = 0, set(range(_MAX_PASSES))
+        self._precision = Precision()
         self._ratios: list[float] = []
         self._are_averages: list[bool] = []
         self._begun: ForwardCall | None = None
@@ -501,7 +503,7 @@ class LoopLoss:
             raise _NotCompared(_NOT_SEEN)
         call, model = kept.call, self._copy()
         try:
-            with measuring(drops=True):
+            with measuring(drops=True), self._precision:
                 norms, outputs, gradients = norms_of_update(
                     model,
                     TrainedLoss(self._criterion, self._run),
@@ -569,7 +571,7 @@ class LoopLoss:
         passes = [made.forward for made, _ in pairs]
         norms = torch.cat([made.norms for made, _ in pairs])
         expected = torch.cat([wanted.norms for _, wanted in pairs])
-        tolerance = self._tolerance(passes)
+        tolerance = self._tolerance()
         ratio = float(norms.norm() / expected.norm().clamp(min=1e-300))
         ratio = 1.0 if largest_gap(norms, expected) <= tolerance else ratio
         if ratio > 0 and largest_gap(norms / ratio, expected) <= tolerance:
@@ -683,7 +685,7 @@ class LoopLoss:
         for made, wanted in pairs:
             ratio = float(made.norms.norm() / wanted.norms.norm().clamp(min=1e-300))
             gap = largest_gap(made.norms / max(ratio, 1e-300), wanted.norms)
-            if not ratio or gap > self._tolerance([made.forward]):
+            if not ratio or gap > self._tolerance():
                 return False
         return len(pairs) > 1
 
@@ -695,17 +697,12 @@ class LoopLoss:
             return False
         if len(moved.norms) != len(made.norms):  # some samples look alike
             return False
-        return largest_gap(made.norms, moved.norms) <= self._tolerance([made.forward])
+        return largest_gap(made.norms, moved.norms) <= self._tolerance()
 
-    def _tolerance(self, passes: Sequence[ForwardPass]) -> float:
+    def _tolerance(self) -> float:
         """Return the difference, relative to the largest norm, that rounding causes."""
         module = None if self._module is None else self._module()
-        tolerance = 1e-3 if module is None else rounding_of(module)
-        for forward in passes:
-            kind = forward.call.call.mixed_type
-            if kind is not None:
-                tolerance = max(tolerance, 8 * torch.finfo(kind).eps)
-        return tolerance
+        return 1e-3 if module is None else rounding_of(module, self._precision)
 
 
 def _sign(made: _Measured, expected: _Measured, tolerance: float) -> int | None:

@@ -39,6 +39,7 @@ from opacus_pi.attribution import TargetOrder, Tracker, probe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.loss_factors import LossFactors
 from opacus_pi.custody.loss_probe import LossProbe
+from opacus_pi.custody.loss_shares import LossShares
 from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import ModelProbe
 from opacus_pi.custody.repeated_loss import RepeatedLoss
@@ -107,6 +108,7 @@ def probe_model(
     tracker: Tracker,
     *probes: ModelProbe
     | ModelLossProbe
+    | LossShares
     | PathsToWeights
     | LostGradients
     | UnequalCalls

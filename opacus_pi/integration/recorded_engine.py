@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
+from opacus_pi._validate import expect
 from opacus_pi.accounting import (
     GradNormLedger,
     PrivacyStatement,
@@ -57,7 +58,19 @@ def observe_parts(source: DataLoader[Any], built: DataLoader[Any]) -> None:
     Args:
         source: The loader that the manager was given.
         built: The loader that it built, which delivers parts of batches.
+
+    Raises:
+        ValueError: If the manager was given another optimizer than Opacus's, such as a
+            wrapper of Accelerate, which cannot postpone a step.
     """
+    optimizer = getattr(built.batch_sampler, "optimizer", None)
+    expect(
+        hasattr(optimizer, "signal_skip_step"),
+        "optimizer",
+        f"a {type(optimizer).__name__}",
+        "must be the optimizer that make_private returned",
+        "Accelerator.prepare wraps it: pass BatchMemoryManager the one from before.",
+    )
     observe_like(source, built, ends_draw=ends_draw)
 
 
@@ -405,8 +418,6 @@ class RecordedEngine(Shown, OpacusEngine):
                 source=str(options["path"]),
             )
             resume()
-        if has_record and options.get("optimizer") is None:
-            self.checkpoints.was_loaded_without_optimizer(self.recorder)
         outside = self._outside_changes()
         if has_record and outside is not None:
             outside.run_was_resumed()

@@ -22,12 +22,13 @@ from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, TensorDataset
 
 from opacus_pi._validate import expect, require
 from opacus_pi.integration.held_weights import held_by
 from opacus_pi.ledger.participation_record import ParticipationRecord
 from opacus_pi.models.batches import forward, inputs_and_targets, size_of, to_device
+from opacus_pi.models.collating import Collating
 
 __all__ = ["Rerun", "require_repeatable"]
 
@@ -267,8 +268,7 @@ class Rerun:
         if self.collate_fn is None and type(data) is TensorDataset:
             found: Any = data[torch.from_numpy(batch)]
         else:
-            collate = self.collate_fn or default_collate
-            found = collate([data[int(i)] for i in batch])
+            found = Collating(self.collate_fn)([data[int(i)] for i in batch])
         return to_device(found, next(self.model.parameters()).device)
 
 
@@ -340,10 +340,32 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
+        found = _first_difference(model.state_dict(), weights) or str(error)
         raise ValueError(
-            f"model: its tensors are not those of the saved state ({error}). "
+            f"model: its tensors are not those of the saved state: {found}. "
             f"{_SAME_MODEL}"
         ) from error
+
+
+def _first_difference(own: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """Return how many tensors of a model differ from saved ones, and one of them.
+
+    Args:
+        own: The model's state dict.
+        saved: The saved one.
+    """
+    names = [*dict.fromkeys([*saved, *own])]
+    shapes = [[_shape(state.get(name)) for state in (own, saved)] for name in names]
+    odd = [(name, *s) for name, s in zip(names, shapes, strict=True) if s[0] != s[1]]
+    if not odd:
+        return ""
+    (name, here, there), number = odd[0], len(odd)
+    return f"{number} of {len(names)} differ, such as {name} ({here}, saved {there})"
+
+
+def _shape(value: Any) -> str:
+    """Return the shape of a tensor as text; "missing" if there is none."""
+    return "missing" if value is None else str(tuple(getattr(value, "shape", ())))
 
 
 def _accepted(kind: type[Optimizer], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, keeps_order, observe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
+from opacus_pi.custody.loss_shares import LossShares
 from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import MODEL_NOT_RUN
 from opacus_pi.custody.weights import WeightSnapshot
@@ -218,12 +219,15 @@ class PreparedRun:
             self.lost = new_lost_gradients(hooks, self.optimizer, self.chain)
         self.calls = new_unequal_calls(hooks, self.optimizer, self.chain)
         self.loss_probe: ModelLossProbe | None = None
+        self.loss_shares: LossShares | None = None
         self._swept: SweptModel | None = None
         if self.model_probe is not None and hooks.batch_first:
             takes_sum = hooks.loss_reduction == "sum"
             self.loss_probe = ModelLossProbe(
                 self.model_probe.model, self.chain, takes_sum=takes_sum
             )
+            if preparation.criterion is None:
+                self.loss_shares = LossShares(self.chain)
 
     def observe(self) -> RunState:
         """Have the forward passes of the model and the batches of the loader observed.
@@ -231,7 +235,8 @@ class PreparedRun:
         Returns:
             What a checkpoint saves of the run; it counts the passes from now on.
         """
-        probes = self.model_probe, self.loss_probe, self.paths, self.lost
+        losses = self.loss_probe, self.loss_shares
+        probes = self.model_probe, *losses, self.paths, self.lost
         probe_model(self.hooks, self.tracker, *probes, self.calls, self.in_passes)
         explain_forward_errors(self.hooks)
         is_own_collate = not keeps_order(user_collate_fn(self.loader))
@@ -336,6 +341,7 @@ class PreparedRun:
             recorder, self.tracker, self.hooks, self.sample_rate, self.chain, draws
         )
         update.model_probe, update.loss_probe = self.model_probe, self.loss_probe
+        update.loss_shares = self.loss_shares
         update.paths, update.calls = self.paths, self.calls
         update.outside_calls = self.outside_calls
         update.swept = self._swept

@@ -24,6 +24,7 @@ from opacus_pi.attribution.lookalikes import largest_of_alike
 from opacus_pi.attribution.tracker import indices_of
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
+from opacus_pi.custody.loss_shares import LossShares
 from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import ModelProbe
 from opacus_pi.integration.accountants import charges_less, noise_std_of
@@ -86,6 +87,7 @@ class UpdateUnderWay:
         outside: Detects changes between updates; None in a distributed run.
         model_probe: Finds out whether the model mixes examples; None: it is not run.
         loss_probe: Looks at losses that the model returns; None: nothing does.
+        loss_shares: Looks at cross entropies of the loop; None: nothing does.
         paths: Finds weights that are used outside of their layers' calls; None: it does
             not, or the criterion of ghost clipping keeps it.
         calls: Compares the calls of layers in each forward pass; None: nothing does.
@@ -116,6 +118,7 @@ class UpdateUnderWay:
     outside: OutsideChanges | None = None
     model_probe: ModelProbe | None = None
     loss_probe: ModelLossProbe | None = None
+    loss_shares: LossShares | None = None
     paths: PathsToWeights | None = None
     calls: UnequalCalls | None = None
     outside_calls: OutsideCalls | None = None
@@ -276,6 +279,8 @@ class UpdateUnderWay:
             self.trained_outside.update_was_made()
         if self.loss_probe is not None:
             self.loss_probe.run()
+        if self.loss_shares is not None:
+            self.loss_shares.run()
         if self.outside is not None:
             self.outside.noise_was_drawn(is_current=not self.is_superseded)
         # As Opacus's accountant does: with accumulated batches an example had as many

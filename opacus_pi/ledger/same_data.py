@@ -32,7 +32,8 @@ _PART = re.compile(r":([a-z])([0-9a-f]{16})$")
 _LABELS = re.compile(r":\d+:[0-9a-f]{16}$")
 _FIELDS = re.compile(r"(.+?):(\d+)(?::([0-9a-f]{16}))?", re.DOTALL)
 _BASE = "class, length and labels"
-_BASE_WITHOUT_LABELS = "class and length (no labels were found)"
+_BASE_WITHOUT_LABELS = "class and length"
+_NO_LABELS = " (no labels were found)"
 _TRANSFORMS = "t"
 _ERASED = "z"  # not a hash: the number of examples that may have been erased
 _PARTS = {
@@ -140,6 +141,8 @@ def compared(one: str, other: str) -> Compared:
     (base, parts), (_, others) = _parts(one), _parts(other)
     common = parts.keys() & others.keys()
     shown = _BASE if _LABELS.search(base) else _BASE_WITHOUT_LABELS
+    if shown != _BASE and "y" not in common:  # numbers of each example may be labels
+        shown += _NO_LABELS
     found = [shown, *(words for name, words in _PARTS.items() if name in common)]
     listed, doubts = "; ".join(found), _doubts(parts, others)
     if _ERASED in {*parts, *others}:

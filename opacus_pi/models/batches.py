@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi._torch_compat import pytree
+from opacus_pi.models.collating import Collate, Collating
 
 # Names as in the package transformers. A model divides the sum of its losses by the
 # number of items, if it is given one.
@@ -54,18 +55,19 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     )
 
 
-def batches_of(data: Any, batch_size: int) -> Any:
+def batches_of(data: Any, batch_size: int, collate_fn: Collate | None = None) -> Any:
     """Return an iterable of batches.
 
     Args:
         data: A data set, of torch or of another package such as ``datasets``, or what
             is an iterable of batches already: a loader, a list or a tuple of batches.
         batch_size: Batch size for a data set.
+        collate_fn: Makes a batch of a list of items of a data set; None: torch's.
     """
     kind = type(data)
     is_indexed = hasattr(kind, "__getitem__") and hasattr(kind, "__len__")
     if isinstance(data, Dataset) or (is_indexed and not isinstance(data, list | tuple)):
-        return DataLoader(data, batch_size)
+        return DataLoader(data, batch_size, collate_fn=Collating(collate_fn))
     return data
 
 

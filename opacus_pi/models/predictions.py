@@ -32,6 +32,7 @@ from opacus_pi.models.batches import (
     inputs_and_targets,
     to_device,
 )
+from opacus_pi.models.collating import Collate
 from opacus_pi.models.losses import float64_losses
 from opacus_pi.models.no_trace import evaluating
 from opacus_pi.models.own_losses import Criterion
@@ -62,7 +63,12 @@ class Predictions:
 
 
 def predict(
-    model: nn.Module, data: Data, criterion: Criterion, *, batch_size: int = 256
+    model: nn.Module,
+    data: Data,
+    criterion: Criterion,
+    *,
+    batch_size: int = 256,
+    collate_fn: Collate | None = None,
 ) -> Predictions:
     """Evaluate a classifier on every example, without changing any training state.
 
@@ -78,16 +84,19 @@ def predict(
         criterion: ``criterion(outputs, labels)``, one loss per example; a torch loss
             module may have any reduction.
         batch_size: Batch size for a data set; it does not change the result.
+        collate_fn: Makes a batch of a list of items of a data set, such as the one that
+            pads in Hugging Face; torch's by default. A loader has its own.
 
     Returns:
         The predictions, in the order of ``data``.
 
     Raises:
-        ValueError: If there is no example, the criterion gives no loss per example,
-            or the outputs are not one row of class scores per example.
+        ValueError: If there is no example, no batch can be made, the criterion gives no
+            loss per example, or the outputs are not one row of class scores for each
+            example.
     """
     losses_of = float64_losses(criterion)
-    loader = batches_of(data, batch_size)
+    loader = batches_of(data, batch_size, collate_fn)
     device = device_of(model)
     with evaluating(model):
         batches = [

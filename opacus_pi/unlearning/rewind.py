@@ -81,11 +81,16 @@ _OF_DRAWS = ("draw", "schedule", "identity", "rows", "weights")
 _OF_CHARGES = ("model", "norm", "noise")
 _NO_EXAMPLES = np.empty(0, dtype=np.int64)
 _AGAIN = "Train again with Recorder(checkpoints=Checkpoints(directory, every=...))."
+_UNSEEN_LOOP = "the engine does not see the training loop"
+_CHECKED_LOSS = (
+    "the loss of the training was checked, but the ledger does not name the criterion, "
+    "so it is not known whether this is the same one"
+)
 _DECLARED = (
     (
         "each update of the training used the gradient of this criterion on its batch, "
         "and nothing else",
-        "the engine does not see the training loop; learning rates are those recorded",
+        "{loss}; learning rates are those recorded",
     ),
     (
         "the number of updates and the hyper-parameters were not chosen from the data",
@@ -651,7 +656,7 @@ class RecordedTraining:
                 f"{self.record.num_steps} updates",
             ),
             *_links(self.ledger.custody, charges=policy is not None),
-            *(Assumption(text, True, evidence) for text, evidence in _DECLARED),
+            *_declared(self.ledger.custody),
             item_is_the_unit(),
             same_data([self.ledger.data_set], self.engine_facts.data_set),
         ]
@@ -745,6 +750,19 @@ def _require_same_conditions(record: ParticipationRecord, start: int) -> None:
         "examples; to be able to rewind, freeze or thaw layers and change options of "
         "the optimizer in a run of its own, which begins with a new make_private.",
     )
+
+
+def _declared(custody: Custody | None) -> Iterator[Assumption]:
+    """Yield what whoever asks for a rewind declares.
+
+    Args:
+        custody: The chain of the run, which knows whether its loss was checked.
+    """
+    links = () if custody is None else custody.links
+    is_checked = any(k.name == "loss" and k.state == CHECKED for k in links)
+    for text, evidence in _DECLARED:
+        loss = _CHECKED_LOSS if is_checked else _UNSEEN_LOOP
+        yield Assumption(text, True, evidence.format(loss=loss))
 
 
 def _links(custody: Custody | None, *, charges: bool) -> Iterator[Assumption]:

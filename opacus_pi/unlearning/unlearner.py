@@ -42,6 +42,7 @@ from opacus_pi.integration.rerun import Update
 from opacus_pi.ledger.erased_examples import not_erased
 from opacus_pi.ledger.run_identity import RunIdentity
 from opacus_pi.models.batches import size_of
+from opacus_pi.models.collating import Collating
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.live_modules import LiveModules, own_parameters_only
 from opacus_pi.models.own_losses import Criterion, per_example_criterion
@@ -54,6 +55,7 @@ from opacus_pi.unlearning.claims import (
     History,
     Ledgers,
     claim,
+    left_other_weights,
     runs_in,
 )
 from opacus_pi.unlearning.loop import (
@@ -80,6 +82,15 @@ _FINE_TUNE = FineTune()
 _NOTHING_NEW = (
     "Every example of forget_indices was forgotten before: nothing new is forgotten. "
     "The model is only trained further on the rest."
+)
+_OTHER_WEIGHTS = (
+    "No recorded run left the weights of this model: it is another one, or was loaded "
+    "or changed after training. So the ledger says nothing of it, and the guarantee "
+    "has no number."
+)
+_KEPT = (
+    "Every example of forget_indices was forgotten before: nothing new is forgotten, "
+    "and nothing is trained again."
 )
 _STAYS = (
     "Every example of forget_indices was forgotten before, by a rewind that left the "
@@ -295,10 +306,7 @@ class Unlearner:
         _check_run(num_epochs, evaluate, stop)
         forget, gone, retain = self._split(train_set, forget_indices)
         num_fresh = len(gone) - len(self.forgotten)
-        if not num_epochs:
-            warnings.warn(_NO_UPDATE, stacklevel=2)
-        if not num_fresh:
-            warnings.warn(_NOTHING_NEW, stacklevel=2)
+        self._warn(num_fresh, num_epochs)
         record = {
             **self._settings(),
             "data_set": fingerprint(train_set),
@@ -325,6 +333,20 @@ class Unlearner:
         self.history = self.history.ended(weights_name(self.model))
         record |= {**costs, **self._origin(self.history.left), "finished": _now()}
         return UnlearningResult(self.model, self.trace, guarantee, record)
+
+    def _warn(self, num_fresh: int, num_epochs: int) -> None:
+        """Say before a run what it will not do.
+
+        Args:
+            num_fresh: How many examples are forgotten for the first time.
+            num_epochs: How long it fine-tunes.
+        """
+        if left_other_weights(runs_in(self.ledger), self.model, self.history):
+            warnings.warn(_OTHER_WEIGHTS, stacklevel=3)
+        if not num_fresh:
+            warnings.warn(_NOTHING_NEW if num_epochs else _KEPT, stacklevel=3)
+        elif not num_epochs:
+            warnings.warn(_NO_UPDATE, stacklevel=3)
 
     def _split(
         self, train_set: Dataset[Any], forget_indices: ArrayLike
@@ -761,7 +783,7 @@ class Unlearner:
                 batch_size,
                 shuffle=True,
                 generator=order,
-                collate_fn=collate_fn,
+                collate_fn=Collating(collate_fn),
             )
 
         if not self.method.needs_forget_set:

@@ -8,6 +8,7 @@ import opacus
 import pytest
 import torch
 
+from opacus_pi.accounting import GradNormLedger
 from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, ledger_in_checkpoint
 from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.recording import AccountingError, Recorder
@@ -320,7 +321,7 @@ NO_CHECKPOINTS = {
         having("optimizer_state_dict", {"state": {}, "param_groups": []}),
         "different number of parameter groups",
     ),
-    "other_model": (having("module_state_dict", {}), "Missing key"),
+    "other_model": (having("module_state_dict", {}), "which has no weights"),
 }
 
 
@@ -383,3 +384,18 @@ def test_a_history_that_was_changed_is_named_as_the_cause(tmp_path, saved, histo
         _ = run.engine.ledger
     with pytest.warns(UserWarning, match="is not the one that was saved together"):
         run.engine.get_epsilon(1e-3)
+
+
+def test_a_checkpoint_is_recognised_where_a_ledger_is_expected(tmp_path):
+    training, path = Training().train(1), tmp_path / "privacy_engine.pt"
+    training.engine.save_checkpoint(path=path, module=torch.nn.Identity())
+    with pytest.raises(ValueError, match="file of torch.save.*ledger_in_checkpoint"):
+        GradNormLedger.load(path)
+    (tmp_path / "other").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="truncated, or another kind of file"):
+        GradNormLedger.load(tmp_path / "other")
+    fresh = Training()
+    with pytest.raises(ValueError, match="module must be torch.nn.Identity.. for"):
+        fresh.engine.load_checkpoint(path=path, module=fresh.model)
+    fresh.engine.load_checkpoint(path=path, module=torch.nn.Identity())
+    assert fresh.engine.ledger.mechanism == training.engine.ledger.mechanism

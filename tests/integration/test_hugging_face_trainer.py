@@ -1,6 +1,8 @@
 """The Trainer of transformers with a callback: private, monitored, resumed, refused."""
 
 import json
+import warnings
+from functools import partial
 
 import numpy as np
 import opacus
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi import PrivacyEngine, Recorder
 from opacus_pi._errors import AccountingError
+from opacus_pi.files.checksummed_state import verified_state, with_checksum
 from opacus_pi.gradients import norm_sweep
 from opacus_pi.integration.hugging_face import PrivacyCallback, TokenLoss
 from tests.private_training import Log
@@ -69,7 +72,16 @@ def sentences(token_labels=False, same_length=False):
     return examples
 
 
-def trainer(model, data, callback, tmp_path, loss=None, optimizer=None, **arguments):
+def trainer(
+    model,
+    data,
+    callback,
+    tmp_path,
+    loss=None,
+    optimizer=None,
+    collate_fn=None,
+    **arguments,
+):
     settings = {
         "per_device_train_batch_size": 12,
         "num_train_epochs": 2,
@@ -86,6 +98,7 @@ def trainer(model, data, callback, tmp_path, loss=None, optimizer=None, **argume
         model,
         transformers.TrainingArguments(str(tmp_path), **settings | arguments),
         train_dataset=data,
+        data_collator=collate_fn,
         callbacks=[callback],
         compute_loss_func=loss,
         optimizers=(optimizer, None),
@@ -161,6 +174,50 @@ def test_with_a_criterion_every_link_is_checked(tmp_path, mode):
     assert engine.ledger.mechanism.num_steps == 8
 
 
+def unpadded():
+    """The sentences without padding, which ``padded`` adds."""
+    return [
+        {
+            k: v[example["attention_mask"] > 0] if v.dim() else v
+            for k, v in example.items()
+        }
+        for example in sentences()
+    ]
+
+
+def padded(items):
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    columns = {name: [item[name] for item in items] for name in items[0]}
+    return {k: pad(v) if v[0].dim() else torch.stack(v) for k, v in columns.items()}
+
+
+@pytest.mark.parametrize("mode", ["hooks", "fast"])
+@pytest.mark.parametrize("data,collate_fn", [(sentences, None), (unpadded, padded)])
+@pytest.mark.parametrize("criterion", [CRITERION, None])
+def test_rounding_of_half_precision_is_no_fault(
+    tmp_path, mode, data, collate_fn, criterion
+):
+    options = PRIVATE | {"criterion": criterion, "grad_sample_mode": mode}
+    rest = {"bf16": True, "collate_fn": collate_fn}
+    engine = train(classifier(), data(), tmp_path, options=options, **rest)
+    found = links(engine)
+    assert found.pop("loss") == ("unchecked" if criterion is None else "checked")
+    assert criterion is None or set(found.values()) == {"checked"}
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_a_fault_of_ten_percent_is_found_in_half_precision(tmp_path, factor):
+    def loss(outputs, labels, num_items_in_batch=None):
+        losses = nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+        return (losses * torch.where(labels == 0, factor, 1.0)).mean()
+
+    options = PRIVATE | {"criterion": CRITERION}
+    with pytest.raises(AccountingError, match="not those of the audited criterion|as"):
+        train(
+            classifier(), sentences(), tmp_path, loss=loss, options=options, bf16=True
+        )
+
+
 def test_without_a_seed_two_trainings_differ(tmp_path):
     models = [classifier(), classifier()]
     for model in models:
@@ -200,6 +257,55 @@ def test_a_wrong_criterion_stops_the_training(tmp_path):
     options = PRIVATE | {"criterion": nn.CrossEntropyLoss(label_smoothing=0.5)}
     with pytest.raises(AccountingError, match="not the one that was audited"):
         train(classifier(), sentences(), tmp_path, options=options)
+
+
+def weighted(outputs, labels, num_items_in_batch=None):
+    weights = torch.tensor([1.0, 3.0])
+    return nn.functional.cross_entropy(outputs.logits, labels, weights)
+
+
+def focal(outputs, labels, num_items_in_batch=None):
+    losses = nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+    return ((1 - (-losses).exp()) * losses).mean()
+
+
+def test_a_weighted_loss_of_the_trainer_is_refused_without_a_criterion(tmp_path):
+    with pytest.raises(AccountingError, match="by the sum of the class weights"):
+        train(classifier(), sentences(), tmp_path, loss=weighted)
+
+
+@pytest.mark.parametrize(
+    "loss,criterion,warns",
+    [(focal, None, True), (None, None, False), (focal, focal, False)],
+)
+def test_a_loss_that_nothing_looks_at_is_said(tmp_path, loss, criterion, warns):
+    wrapped = None if criterion is None else lambda z, y: criterion(Outputs(z), y)
+    options = PRIVATE | {"criterion": wrapped}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(classifier(), sentences(), tmp_path, loss=loss, options=options)
+    found = [str(one.message) for one in caught]
+    assert sum("PrivacyCallback was given no criterion" in text for text in found) == (
+        warns
+    )
+
+
+class Outputs:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+def test_token_labels_need_a_token_loss(tmp_path):
+    options = PRIVATE | {"criterion": CRITERION}
+    with pytest.raises(ValueError, match=r"shape \(12, 8, 20\).*TokenLoss\(\)"):
+        data = sentences(token_labels=True)
+        train(language_model(), data, tmp_path, options=options)
+
+
+def test_a_criterion_that_is_only_compared_is_to_be_trained_with(tmp_path):
+    options, data = PRIVATE | {"criterion": TokenLoss(shift=True)}, sentences(True)
+    with pytest.raises(AccountingError, match="compute_loss_func=...., too"):
+        train(language_model(), data, tmp_path, options=options)
 
 
 def test_a_target_epsilon_takes_the_epochs_of_the_trainer(tmp_path):
@@ -290,6 +396,46 @@ def test_a_resumed_training_has_the_ledger_of_both_parts(tmp_path):
     third = trainer(classifier(), sentences(), callback, tmp_path, **saving)
     with pytest.raises(ValueError, match="has no privacy_engine.pt"):
         third.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_a_trainer_resumes_its_optimizer_by_itself(tmp_path, optim):
+    saving = {"save_strategy": "steps", "save_steps": 2, "ignore_data_skip": True}
+    options = PRIVATE | {"criterion": CRITERION}
+    run = {"optim": optim, "learning_rate": 1e-3, **saving}
+    train(classifier(), sentences(), tmp_path, options=options, **run)
+    path = tmp_path / "checkpoint-2"
+    for is_changed in (False, True):
+        engine = PrivacyEngine(accountant="rdp")
+        callback = PrivacyCallback(engine, **options)
+        again = trainer(classifier(), sentences(), callback, tmp_path, **run)
+        if is_changed and optim != "sgd":  # that of later updates
+            (path / "optimizer.pt").write_bytes(
+                (tmp_path / "checkpoint-6" / "optimizer.pt").read_bytes()
+            )
+            again.train(resume_from_checkpoint=str(path))
+            with pytest.raises(AccountingError, match="optimizer's state in the check"):
+                _ = engine.ledger
+            return
+        again.train(resume_from_checkpoint=str(path))
+        assert links(engine)["weights"] == "checked"
+
+
+def test_a_checkpoint_that_does_not_know_the_optimizer_is_said(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "ignore_data_skip": True}
+    run = {"optim": "adamw_torch", **saving}
+    train(classifier(), sentences(), tmp_path, **run)
+    path = tmp_path / "checkpoint-2" / "privacy_engine.pt"
+    saved = torch.load(path)
+    entries = verified_state(saved["opacus_pi"])
+    del entries["optimizer_state"]
+    saved["opacus_pi"] = with_checksum(entries)
+    torch.save(saved, path)
+    engine = PrivacyEngine(accountant="rdp")
+    callback = PrivacyCallback(engine, **PRIVATE)
+    again = trainer(classifier(), sentences(), callback, tmp_path, **run)
+    again.train(resume_from_checkpoint=str(path.parent))
+    assert links(engine)["weights"] == "unchecked"
 
 
 def test_the_seeds_of_a_resumed_training_are_others():

@@ -193,3 +193,18 @@ def test_the_first_engine_patches_and_only_once(unpatched):
     assert batch_memory_manager.wrap_data_loader is first is not unpatched
     opacus_compat.restore_memory_manager()
     assert batch_memory_manager.wrap_data_loader is unpatched
+
+
+def test_a_manager_with_a_wrapped_optimizer_names_the_remedy():
+    class Accelerated:
+        """A wrapper that passes on some of an optimizer's methods, as Accelerate's."""
+
+    *_, optimizer, loader = prepared()
+    PrivacyEngine()  # observes managers
+    with managed(loader, optimizer) as built:
+        assert len(built) >= 1
+    with (
+        pytest.raises(ValueError, match="got a Accelerated.*the one from before"),
+        managed(loader, Accelerated()),
+    ):
+        pass

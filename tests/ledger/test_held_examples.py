@@ -151,6 +151,9 @@ def test_what_was_not_compared_is_said(tmp_path):
     assert "texts of all examples" in compared(name, name).evidence
     bare = "Held:4:e" + "0" * 16
     assert "class and length (no labels were found)" in compared(bare, bare).evidence
+    numbers = bare + ":y" + "1" * 16
+    assert "no labels" not in compared(numbers, numbers).evidence
+    assert "such as labels" in compared(numbers, numbers).evidence
 
 
 def test_old_fingerprints_are_compared_in_what_they_have():

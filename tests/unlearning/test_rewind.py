@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+import warnings
 from collections import defaultdict
 
 import numpy as np
@@ -676,3 +677,42 @@ def test_an_exact_rewind_after_one_by_policy_is_made(private):
     with pytest.warns(UserWarning, match="the rewind is made again"):
         result = unlearner.rewind(private.data, [example], checkpoints=private.states)
     assert result.record["num_steps"] > 0 and result.guarantee.epsilon(1e-9) == 0
+
+
+def test_what_is_declared_of_the_loss_depends_on_what_was_checked(private):
+    unlearner = private.unlearner()
+
+    def declared(state):
+        links = (Link("loss", state, "As seen."),)
+        ledger = dataclasses.replace(unlearner.ledger, custody=Custody(links))
+        other = private.unlearner()
+        other.ledger = ledger
+        plan = other.plan_rewind([0], checkpoints=private.states)
+        return str(plan)
+
+    assert "the engine does not see the training loop" in declared("unchecked")
+    assert "does not see the training loop" not in declared("checked")
+    assert "was checked, but the ledger does not name" in declared("checked")
+
+
+def test_a_model_of_another_shape_is_refused_in_one_line(private):
+    unlearner = private.unlearner()
+    torch.manual_seed(0)
+    unlearner.model = torch.nn.Sequential(
+        torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)
+    )
+    with pytest.raises(ValueError) as caught:
+        unlearner.rewind(private.data, [0], checkpoints=private.states)
+    assert "differ, such as 0.weight ((9, 5), saved (8, 5))" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unlearning_from_a_model_that_no_run_left_is_said(private):
+    unlearner = private.unlearner()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unlearner.unlearn(private.data, [0], num_epochs=1)
+    other = private.unlearner()
+    other.model = net()
+    with pytest.warns(UserWarning, match="No recorded run left the weights of this"):
+        other.unlearn(private.data, [0], num_epochs=1)

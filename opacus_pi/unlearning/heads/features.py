@@ -26,6 +26,7 @@ from opacus_pi.models.batches import (
     inputs_and_targets,
     to_device,
 )
+from opacus_pi.models.collating import Collate
 from opacus_pi.models.no_trace import evaluating
 from opacus_pi.models.predictions import Data
 
@@ -33,7 +34,11 @@ ROUNDING = 1e-6  # norms up to 1 + this are taken for 1: float32 rounds to about
 
 
 def extract_features(
-    model: nn.Module, data: Data, *, batch_size: int = 256
+    model: nn.Module,
+    data: Data,
+    *,
+    batch_size: int = 256,
+    collate_fn: Collate | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[Any]]:
     """Run a frozen model over all examples, leaving no trace.
 
@@ -49,6 +54,7 @@ def extract_features(
             of batches ``(inputs, labels)``, such as a loader. A loader that shuffles
             gives examples in its own order: then positions are not data-set indices.
         batch_size: Batch size for a data set; it does not change the result.
+        collate_fn: Makes a batch of a list of items of a data set; torch's by default.
 
     Returns:
         Features, float64 ``(n, d)``, and labels, ``(n,)``, in the order of ``data``.
@@ -57,7 +63,7 @@ def extract_features(
         ValueError: If there is no example, or an output is not a tensor with one row
             for each label.
     """
-    loader = batches_of(data, batch_size)
+    loader = batches_of(data, batch_size, collate_fn)
     device, features, labels = device_of(model), [], []
     with evaluating(model):
         for batch in loader:
