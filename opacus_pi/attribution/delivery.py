@@ -8,6 +8,7 @@ from which delivery.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -438,6 +439,27 @@ class ForwardPass:
         Otherwise None.
         """
         return self._distinct
+
+    def complete(self, other: "ForwardPass") -> None:
+        """Take over the samples that only another pass over the same batch shows.
+
+        Args:
+            other: A pass with as many samples, none of which is another one.
+        """
+        indices = np.where(self.indices == UNATTRIBUTED, other.indices, self.indices)
+        is_known = indices != UNATTRIBUTED
+        is_assumed = is_known & ~(self._were_seen | other._were_seen)
+        causes = Counter(self.unattributed) | Counter(other.unattributed)
+        most = [] if is_known.all() else causes.most_common(1)
+        self.unattributed = {cause: int((~is_known).sum()) for cause, _ in most}
+        self.cause = self.cause or other.cause
+        self._indices, self.is_assumed = indices, is_assumed
+
+    @property
+    def _were_seen(self) -> NDArray[np.bool_]:
+        """Mask of the samples that were recognised, not assumed, bool ``(b,)``."""
+        seen: NDArray[np.bool_] = np.asarray(self.indices != UNATTRIBUTED)
+        return seen if self.is_assumed is None else seen & ~self.is_assumed
 
     def without_indices(self, cause: Cause) -> "ForwardPass":
         """Return the same pass with no sample attributed."""

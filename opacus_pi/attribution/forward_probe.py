@@ -94,7 +94,7 @@ class ForwardProbe:
             return  # within vmap or grad: no storage, and no backward pass will follow
         forward = tracker.bind_tensors(given)
         tracker.saw_call(forward, given, args, kwargs)
-        if tracker.keeps_outputs:
+        if tracker.keeps_outputs or len(outputs) > 1:
             forward.output_storages = [
                 storage_address(tensor.untyped_storage()) for tensor in outputs
             ]

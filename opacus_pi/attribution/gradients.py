@@ -3,7 +3,9 @@
 Usually each pass leaves the gradients of one batch. Several passes that enter one loss
 leave one gradient for each sample: two views of a batch, or the real and the generated
 samples of a GAN's discriminator. Such passes are joined, and the samples of the
-recognised pass are used for all of them.
+recognised pass are used for all of them. If each pass has samples that were recognised,
+as after a random masking that leaves some of them as they were, those that were
+recognised in either pass are used, unless two passes disagree about a sample.
 
 *Guarantee.* The numbers of samples must agree. Otherwise it is not known which gradient
 belongs to which pass, and all samples are unattributed. A single pass whose gradients
@@ -13,7 +15,11 @@ be of a batch, and the same batch was recognised in another pass, the first coun
 not delivered.
 """
 
+from itertools import combinations, starmap
+from typing import cast
+
 import numpy as np
+from numpy.typing import NDArray
 
 from opacus_pi.attribution.causes import (
     ANOTHER_INPUT,
@@ -70,9 +76,10 @@ def _have_different_samples(done: list[ForwardPass], sizes: list[int]) -> bool:
         done: Passes that cannot be joined, because their samples differ.
         sizes: As for ``with_sizes``.
     """
-    return len(sizes) == 1 < len(done) and all(
-        f.is_recognised and f.num_samples == sizes[0] for f in done
-    )
+    if not len(sizes) == 1 < len(done):
+        return False
+    are_of_one_size = all(f.is_recognised and f.num_samples == sizes[0] for f in done)
+    return are_of_one_size and any(starmap(_disagree, combinations(done, 2)))
 
 
 def _have_more_rows(done: list[ForwardPass], sizes: list[int]) -> bool:
@@ -138,7 +145,73 @@ def _joint(one: ForwardPass, other: ForwardPass) -> ForwardPass | None:
         if known.is_recognised and is_beside and beside.num_inputs == known.num_samples:
             known.notes = tuple({**notes, ANOTHER_PASS: None})
             return known
+    if _may_complete(one, other):
+        return _completed(one, other)
     return None
+
+
+def _may_complete(one: ForwardPass, other: ForwardPass) -> bool:
+    """Return whether two passes have recognised samples of a batch, and agree in them.
+
+    Args:
+        one: A pass.
+        other: A pass whose loss is the same.
+    """
+    return (
+        one.is_recognised
+        and other.is_recognised
+        and one.delivery is other.delivery
+        and one.num_samples == other.num_samples
+        and not (one.alike or other.alike)
+        and not _conflicts(one, other).any()
+    )
+
+
+def _disagree(one: ForwardPass, other: ForwardPass) -> bool:
+    """Return whether two passes were seen to have different samples in one position.
+
+    Args:
+        one: A pass with indices.
+        other: A pass with as many.
+    """
+    conflicts = _conflicts(one, other)
+    for forward in (one, other):
+        if forward.is_assumed is not None:
+            conflicts &= ~forward.is_assumed
+    return bool(conflicts.any())
+
+
+def _conflicts(one: ForwardPass, other: ForwardPass) -> NDArray[np.bool_]:
+    """Return in which positions two passes have different samples, bool ``(b,)``.
+
+    Args:
+        one: A pass with indices.
+        other: A pass with as many.
+    """
+    ours, theirs = cast(Indices, one.indices), cast(Indices, other.indices)
+    are_known = (ours != UNATTRIBUTED) & (theirs != UNATTRIBUTED)
+    conflicts: NDArray[np.bool_] = are_known & (ours != theirs)
+    return conflicts
+
+
+def _completed(one: ForwardPass, other: ForwardPass) -> ForwardPass:
+    """Return a pass over the samples that were recognised in either of two passes.
+
+    Of the other samples neither pass shows which examples they are.
+
+    Args:
+        one: A pass with indices.
+        other: A pass that may complete it.
+    """
+    notes = dict.fromkeys((*one.notes, *other.notes))
+    if not np.array_equal(cast(Indices, one.indices), cast(Indices, other.indices)):
+        notes[ANOTHER_INPUT] = None  # some samples were recognised in one pass only
+    if other.is_whole_delivery:
+        one, other = other, one
+    if not one.is_whole_delivery:
+        one.complete(other)
+    one.notes = tuple(notes)
+    return one
 
 
 def _has_computed_input(forward: ForwardPass) -> bool:

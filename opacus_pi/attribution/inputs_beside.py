@@ -9,7 +9,9 @@ computed from examples has new values in every batch.
 
 *Guarantee.* An input is noted if its values change from pass to pass without a rule
 (:mod:`~opacus_pi.attribution.value_sequences`), unless it is a tensor of the delivered
-batch or a view of all of its samples in their order, or tells the size of an input.
+batch or a view of all of its samples in their order, or tells the size of an input, or
+is the state ``(l, b, ...)`` that the model returned for a part of the same batch, while
+no backward pass has run: it belongs to the examples, and is differentiated with them.
 Values are copied on their device, 64 entries at most, and read after four passes, then
 after each 64, and when the ledger is asked for.
 
@@ -21,7 +23,7 @@ model reads from variables of the loop; and what an object holds that is neither
 container nor a number, such as a function.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,6 +131,7 @@ class InputsBeside:
         given: Sequence[Tensor],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        awaiting_backward: Callable[[], Iterable[ForwardPass]],
     ) -> bool:
         """Look at the inputs of a forward pass.
 
@@ -137,6 +140,8 @@ class InputsBeside:
             given: The dense tensors among its inputs.
             args: The positional inputs.
             kwargs: The inputs by keyword.
+            awaiting_backward: Returns the earlier passes from whose outputs a loss may
+                still be computed.
 
         Returns:
             Whether an input, in this pass or an earlier one, may be computed from other
@@ -148,7 +153,10 @@ class InputsBeside:
         if self._are_doubtful or not size:
             return self._are_doubtful
         for place, value in _leaves((*enumerate(args), *kwargs.items())):
-            if self._is_beside(value, size, given):
+            if self._is_beside(value, size, given) and not (
+                _may_be_state(value, size)
+                and _is_output(value, forward, awaiting_backward())
+            ):
                 self._add(place, value, forward.delivery, size)
         return self._are_doubtful
 
@@ -239,6 +247,35 @@ def _leaves(values: Any) -> Iterator[tuple[Any, Any]]:
         else:
             for n, tensor in enumerate(tensors_in(value)):
                 yield (place, n), tensor
+
+
+def _may_be_state(value: Any, size: int) -> bool:
+    """Return whether a value may be a recurrent model's state, in its graph.
+
+    Args:
+        value: A number or a tensor without a row for each example.
+        size: The number of examples, which a state has along the second dimension.
+    """
+    is_in_graph = isinstance(value, Tensor) and value.requires_grad
+    has_rows = is_in_graph and value.dim() > 1 and value.shape[1] == size
+    return has_rows and value.stride(1) != 0  # not one row, expanded
+
+
+def _is_output(
+    tensor: Tensor, forward: ForwardPass, earlier: Iterable[ForwardPass]
+) -> bool:
+    """Return whether a tensor was returned by an earlier pass over the same batch.
+
+    Args:
+        tensor: An input.
+        forward: The pass that is given it.
+        earlier: Passes whose backward pass has not run.
+    """
+    address = storage_address(tensor.untyped_storage())
+    return any(
+        f.delivery is forward.delivery is not None and address in f.output_storages
+        for f in earlier
+    )
 
 
 def _is_delivered(tensor: Tensor, delivery: Delivery, size: int) -> bool:

@@ -216,7 +216,8 @@ class Tracker:
         is_between_backwards: Whether a loss of ghost clipping runs its two backward
             passes; between them it clears the gradients itself.
         is_taken_over: Whether the model reports its passes to a later run.
-        keeps_outputs: Whether the addresses of outputs are noted, for ``is_output``.
+        keeps_outputs: Whether the addresses of outputs are noted, for ``is_output``, of
+            a model with a single output, too.
         causes: How many samples were uncertain, by the name of the cause. A sample may
             have several causes. ``explanation`` has the sentences.
     """
@@ -387,7 +388,7 @@ class Tracker:
             args: Its positional inputs.
             kwargs: Its inputs by keyword.
         """
-        if self._beside.saw(forward, given, args, kwargs):
+        if self._beside.saw(forward, given, args, kwargs, self.awaiting_backward):
             forward.notes = (*forward.notes, SHARED_INPUT)
         if self._sizes.saw(forward, given):
             forward.notes = (*forward.notes, CUT_INPUT)
@@ -634,8 +635,8 @@ class Tracker:
         """Return whether a tensor is in the memory of an output of the model.
 
         Args:
-            tensor: A tensor, for example an argument of the criterion. Outputs are
-                noted only while ``keeps_outputs`` is true.
+            tensor: A tensor, for example an argument of the criterion. A single output
+                is noted only while ``keeps_outputs`` is true.
         """
         if not is_dense(tensor):
             return False

@@ -14,14 +14,20 @@ and the rows are not all alike, they may be the nodes of a graph or the entries 
 table, of which there happen to be as many as examples (``fixed_layers``). The probe
 then looks whether they are rows of a state of the examples that the loop passes.
 
-**What breaks it.** Layers whose input has another number of rows are not compared,
-except those of Opacus's recurrent layers, whose sequences end one after another. For
-the others Opacus raises an error, or ``integration/unequal_calls.py`` says so. Nor are
-inputs compared if the shape of a row depends on the content of the batch.
+A layer may also have one row for each of the examples, and fewer rows if some of them
+are replaced by others of the batch: its rows are then computed from the values of the
+examples, as ``torch.unique`` does (``uneven_layers``). Such rows are in an order of
+their own if they are not reversed when the examples are (``not_reversed``).
+
+**What breaks it.** Layers whose input has another number of rows than the batch has
+examples are not compared, except those of Opacus's recurrent layers, whose sequences
+end one after another. For the others Opacus raises an error, or
+``integration/unequal_calls.py`` says so. Nor are inputs compared if the shape of a row
+depends on the content of the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +36,14 @@ from torch import Tensor, nn
 
 from opacus_pi.models.batches import tensors_of
 
-__all__ = ["LayerRows", "fixed_layers", "moved_layers", "watch_rows"]
+__all__ = [
+    "LayerRows",
+    "fixed_layers",
+    "moved_layers",
+    "not_reversed",
+    "uneven_layers",
+    "watch_rows",
+]
 
 _STEPS = "RNNLinear"  # Opacus's layer that is called once for each time step
 
@@ -127,6 +140,54 @@ def moved_layers(
             yield one.name
 
 
+def not_reversed(
+    whole: Sequence[LayerRows],
+    backwards: Sequence[LayerRows],
+    size: int,
+    tolerance: float,
+) -> set[str]:
+    """Return the layers whose rows are not reversed although the examples are.
+
+    Args:
+        whole: The calls in a run on a batch that draws no random numbers.
+        backwards: Those in a run on the examples in reverse order.
+        size: The number of examples; layers with another number of rows are left out.
+        tolerance: As for ``moved_layers``.
+    """
+    all_rows = [replace(one, may_end=False) for one in whole]
+    turned = [replace(one, rows=one.rows.flip(0)) for one in backwards]
+    return set(moved_layers(all_rows, turned, torch.arange(size), size, tolerance))
+
+
+def uneven_layers(
+    whole: Sequence[LayerRows], changed: Sequence[LayerRows], size: int
+) -> Iterator[tuple[str, int]]:
+    """Yield layers that have one row for each example, but not if some are replaced.
+
+    Layers whose rows stay, as far as there are any, are left out: they may be positions
+    up to the longest length (``fixed_layers``).
+
+    Args:
+        whole: The calls in a run on a batch.
+        changed: Those in a run on the batch in which examples were replaced.
+        size: The number of examples.
+
+    Yields:
+        The name of a layer, and how many rows it had when examples were replaced.
+    """
+    for one, other in zip(whole, changed, strict=False):
+        is_same_call = (one.name, one.shape) == (other.name, other.shape)
+        has_uneven = len(one.rows) == size != len(other.rows) and not one.may_end
+        if is_same_call and has_uneven and not _have_stayed(one, other):
+            yield one.name, len(other.rows)
+
+
+def _have_stayed(one: LayerRows, other: LayerRows) -> bool:
+    """Return whether the rows of two calls are equal, as far as both have rows."""
+    num_rows = min(len(one.rows), len(other.rows))
+    return num_rows > 0 and torch.equal(one.rows[:num_rows], other.rows[:num_rows])
+
+
 def fixed_layers(
     whole: Sequence[LayerRows], changed: Sequence[LayerRows], size: int
 ) -> set[str]:
@@ -145,6 +206,6 @@ def fixed_layers(
         for one, other in zip(whole, changed, strict=False)
         if one.name == other.name
         and len(one.rows) == size
-        and torch.equal(one.rows, other.rows)
+        and _have_stayed(one, other)
         and bool((one.rows != one.rows[0]).any())
     }

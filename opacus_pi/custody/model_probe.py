@@ -53,7 +53,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 from opacus_pi.custody.batch_size_probe import compare_without_one
 from opacus_pi.custody.finding import Finding
-from opacus_pi.custody.layer_rows import fixed_layers, moved_layers
+from opacus_pi.custody.layer_rows import (
+    fixed_layers,
+    moved_layers,
+    not_reversed,
+    uneven_layers,
+)
 from opacus_pi.custody.probed_call import (
     ProbedCall,
     ProbedRun,
@@ -155,8 +160,28 @@ _FIXED = (
     "{size}, and no row changed when examples were replaced. So the rows may be "
     "something else, such as the nodes of a graph or positions. Its per-example "
     "gradients are then not those of the examples, and neither norms nor clipping are "
-    'right. engine.audit(criterion) compares gradients; grad_sample_mode="fast" does '
-    "not rely on rows."
+    'right. engine.audit(criterion) compares gradients; grad_sample_mode="fast" '
+    "recognises layers that have as many rows for fewer examples, and does not take "
+    "their rows for examples."
+)
+_OWN_ROWS = (
+    "The rows of the layer {name!r} depend on the values of the examples, as after "
+    "torch.unique: it had {size} rows for {size} examples, but {count} when some of "
+    "them were replaced by others. "
+)
+_OWN_ORDER = (
+    _OWN_ROWS + "The rows are not in the order of the examples: they were not reversed "
+    "when the examples were. Per-example gradients are taken for those of the examples "
+    "at the places of the rows, so each norm mixes several examples, and max_grad_norm "
+    "does not bound what an example contributes. This holds in every grad_sample_mode. "
+    "Give each layer one row for each example, in the order of the batch."
+)
+_PERHAPS_OWN_ORDER = (
+    _OWN_ROWS + "If its rows are not those of the examples, in the order of the batch, "
+    "each norm mixes several examples, and max_grad_norm does not bound what an "
+    "example contributes. engine.audit(criterion) compares the norms with those of "
+    "single examples. Give each layer one row for each example, in the order of the "
+    "batch."
 )
 _RANDOM = (
     "In evaluation mode the model treats examples separately. In training mode this "
@@ -294,6 +319,8 @@ def _compare(
     found = _compare_halves(call, change)
     if found is None or found.state != "broken":
         moved = _compare_layers(call) if layers_in_order and change.moved else None
+        if moved is None and layers_in_order and change.uneven is not None:
+            moved = _compare_reversed(call, *change.uneven)
         found = moved or found or compare_without_one(call, change.whole)
     is_sound = found is None or found.state == "checked"
     if is_sound and rows_are_examples and change.has_fixed:
@@ -373,6 +400,45 @@ def _compare_layers(call: ProbedCall) -> Finding | None:
     if change is None or not change.same_draws or not change.moved:
         return None
     return Finding("broken", _MOVED.format(name=change.moved, size=call.size))
+
+
+def _compare_reversed(call: ProbedCall, name: str, count: int) -> Finding:
+    """Say what it means that a layer's rows depend on the values of the examples.
+
+    Args:
+        call: A call on the whole batch.
+        name: A layer that has one row for each of its examples.
+        count: How many rows it had when some of them were replaced.
+
+    Returns:
+        "broken" if its rows are not in the order of the examples.
+    """
+    texts = {"name": name, "count": count, "size": call.size}
+    try:
+        if _has_own_order(replace(call, has_dropout=False), name):
+            return Finding("broken", _OWN_ORDER.format(**texts))
+    except MODEL_ERRORS:  # it cannot be run on examples in another order
+        pass
+    return Finding("unchecked", _PERHAPS_OWN_ORDER.format(**texts))
+
+
+def _has_own_order(call: ProbedCall, name: str) -> bool:
+    """Return whether a layer's rows are not reversed although the examples are.
+
+    Args:
+        call: A call on the whole batch, without dropout.
+        name: The layer.
+    """
+    try:
+        exact, tolerance = call.in_float64(), _TOLERANCE
+        whole = exact.run()
+    except MODEL_ERRORS:  # it computes in a type of its own
+        exact, tolerance = call, rounding_of(call)
+        whole = exact.run()
+    if whole.has_drawn:  # random numbers are not reversed
+        return False
+    backwards = exact.reversed().run()
+    return name in not_reversed(whole.layers, backwards.layers, call.size, tolerance)
 
 
 def _compare_halves(call: ProbedCall, change: "_Change") -> Finding | None:
@@ -465,6 +531,8 @@ class _Change:
         moved: The name of a layer whose inputs changed at the places of the examples
             that stayed; empty if there is none.
         has_fixed: Whether a layer has as many rows as examples, and none changed.
+        uneven: A layer that has as many rows as examples, and how many it had when
+            examples were replaced; None if there is none.
     """
 
     whole: ProbedRun
@@ -474,6 +542,7 @@ class _Change:
     same_memory: bool
     moved: str
     has_fixed: bool
+    uneven: tuple[str, int] | None
 
 
 def _change(
@@ -493,6 +562,7 @@ def _change(
     shares, same_draws, same_buffers, same_memory = [], True, True, True
     moved: list[str] = []
     fixed: list[set[str]] = []
+    uneven: list[tuple[str, int]] = []
     for kept in (0, 1):
         other = call.half_replaced(kept, only_first=only_first)
         changed = other.run()
@@ -503,6 +573,7 @@ def _change(
         rows = (whole.layers, changed.layers)
         moved += moved_layers(*rows, places, call.size, rounding)
         fixed.append(fixed_layers(*rows, call.size))
+        uneven += uneven_layers(*rows, call.size)
         for one, two in zip(whole.outputs, changed.outputs, strict=True):
             found = [difference(one, two, d, places) for d in example_dims(one, call)]
             shares += [min(found)] if found else []
@@ -517,6 +588,7 @@ def _change(
         same_memory,
         name,
         bool(set.intersection(*fixed)),
+        uneven[0] if uneven else None,
     )
 
 

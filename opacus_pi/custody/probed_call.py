@@ -167,6 +167,16 @@ class ProbedCall:
         args, kwargs = map_tensors(shorten, (self.args, dict(self.kwargs)))
         return replace(self, args=args, kwargs=kwargs, size=self.size - 1)
 
+    def reversed(self) -> "ProbedCall":
+        """Return the call on the examples in reverse order."""
+
+        def turn(tensor: Tensor) -> Tensor:
+            is_batch = self._has_examples(tensor)
+            return tensor.flip(self.batch_dim) if is_batch else tensor
+
+        args, kwargs = map_tensors(turn, (self.args, dict(self.kwargs)))
+        return replace(self, args=args, kwargs=kwargs)
+
     def in_float64(self) -> "ProbedCall":
         """Return the call in float64, without mixed precision."""
         args, kwargs = to_float64((self.args, dict(self.kwargs)))

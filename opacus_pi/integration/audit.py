@@ -415,8 +415,8 @@ def _compare_norms(
         "The recorded norms are not those of each example's own gradient"
         f"{_difference(recorded, expected)}. If no row below says why, the "
         "per-example gradients of one of the layers may be wrong, or a hook changes "
-        "gradients. In training with make_private, use another grad_sample_mode and "
-        "audit again.",
+        "gradients. In this case another grad_sample_mode of make_private may help: "
+        "use it and audit again.",
     )
 
 

@@ -182,6 +182,36 @@ def test_a_state_that_begins_with_zeros_in_each_batch_is_not_said(layer):
     assert not warned and rows.state == "checked"
 
 
+OF_THIS_BATCH = {
+    "state": (lambda state, x: state, "checked"),
+    "mean": (
+        lambda state, x: state.mean(1, keepdim=True).expand_as(state),
+        "unchecked",
+    ),
+    "turned": (lambda state, x: state.flip(1), "unchecked"),
+    "detached": (lambda state, x: state.detach(), "unchecked"),
+}
+
+
+@pytest.mark.parametrize("layer", [DPGRU, DPLSTM])
+@pytest.mark.parametrize("name", OF_THIS_BATCH)
+def test_a_state_of_the_same_batch_is_not_said_if_it_is_passed_on(layer, name):
+    change, expected = OF_THIS_BATCH[name]
+
+    def loop(model, x, _):
+        zeros = torch.zeros(1, len(x), 4)
+        out, state = model(x, (zeros, zeros) if layer is DPLSTM else zeros)
+        if layer is DPLSTM:
+            state = tuple(change(one, x) for one in state)
+        else:
+            state = change(state, x)
+        return out + model(x, state)[0]
+
+    model = Stateful(layer)
+    rows, warned, _ = train(loop, model=model, poisson_sampling=False)
+    assert rows.state == expected and len(warned) == (expected == "unchecked")
+
+
 @pytest.mark.parametrize("is_copied", [True, False])
 def test_delivered_samples_along_another_dimension_are_not_said(is_copied):
     tracker, said = Tracker(), []
