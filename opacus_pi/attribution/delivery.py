@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -446,7 +446,8 @@ class ForwardPass:
         Args:
             other: A pass with as many samples, none of which is another one.
         """
-        indices = np.where(self.indices == UNATTRIBUTED, other.indices, self.indices)
+        ours, theirs = cast(Indices, self.indices), cast(Indices, other.indices)
+        indices = np.where(ours == UNATTRIBUTED, theirs, ours)
         is_known = indices != UNATTRIBUTED
         is_assumed = is_known & ~(self._were_seen | other._were_seen)
         causes = Counter(self.unattributed) | Counter(other.unattributed)
@@ -458,7 +459,7 @@ class ForwardPass:
     @property
     def _were_seen(self) -> NDArray[np.bool_]:
         """Mask of the samples that were recognised, not assumed, bool ``(b,)``."""
-        seen: NDArray[np.bool_] = np.asarray(self.indices != UNATTRIBUTED)
+        seen: NDArray[np.bool_] = cast(Indices, self.indices) != UNATTRIBUTED
         return seen if self.is_assumed is None else seen & ~self.is_assumed
 
     def without_indices(self, cause: Cause) -> "ForwardPass":
