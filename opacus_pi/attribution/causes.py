@@ -31,6 +31,7 @@ __all__ = [
     "COLLATE",
     "COMPUTED",
     "CONTENTS_OF_OTHERS",
+    "COUPLED",
     "CUT_INPUT",
     "EQUAL_INPUTS",
     "EQUAL_NUMBERS",
@@ -89,6 +90,12 @@ class Cause:
 
 
 _IN_THE_DATA_SET = "Transform inputs in the data set instead."
+#: What follows if an input that the loop computed holds data of several examples.
+COUPLED = (
+    "If an input was computed from several examples, such as by the mean of the batch, "
+    "one example changes the gradients of others, and max_grad_norm does not bound its "
+    "influence."
+)
 
 # -------------------------------------------------------------- between batch and model
 COMPUTED = Cause(
@@ -98,14 +105,14 @@ COMPUTED = Cause(
     "copies of them, so samples are assumed to be in the order of the latest batch. If "
     "your loop reorders or mixes samples after loading, or takes them from elsewhere, "
     "such as another loader or batches that it kept, norms are recorded for the wrong "
-    "examples. Transform inputs in the data set or in collate_fn instead.",
+    f"examples. {COUPLED} Transform inputs in the data set or in collate_fn instead.",
 )
 CHANGED_IN_PLACE = Cause(
     "the delivered batch was changed in place",
     "unchecked",
     "The loop wrote to the delivered batch before the model saw it, so samples are "
     "assumed to have kept their positions. If the loop also reorders or mixes samples, "
-    "this is wrong. " + _IN_THE_DATA_SET,
+    f"this is wrong. {COUPLED} {_IN_THE_DATA_SET}",
 )
 MOVED_AND_CHANGED = Cause(
     "some samples were moved and others were changed",
@@ -276,7 +283,8 @@ ANOTHER_PASS = Cause(
     "unchecked",
     "The loss also used a forward pass over inputs that the data loader did not "
     "deliver, such as generated ones. It is assumed that they were not computed from "
-    "the examples of the batch. If they were, compute them in the data set instead.",
+    "the examples of the batch, and are no examples of the training set. If they were "
+    "computed from the batch, compute them in the data set instead.",
     link="rows",
     is_said=False,  # a GAN's discriminator is trained like this, rightly
 )

@@ -20,7 +20,8 @@ inputs and outputs (layers called one by one), losses that combine several batch
 order that is only assumed, and whatever breaks the evidence itself. A batch is
 recognised only until 16 others have been delivered. A pass that entered one loss
 together with a recognised pass, over as many samples that the loader did not deliver,
-is taken to be made of no other examples (cause ``ANOTHER_PASS``).
+is taken to be made of no other examples (cause ``ANOTHER_PASS``); the links "rows" and
+"draw" say so.
 
 >>> import torch
 >>> tracker = Tracker()
@@ -53,7 +54,9 @@ from opacus_pi.attribution.causes import (
     BESIDE_BATCHES,
     BY_HAND,
     CAUSES,
+    CHANGED_IN_PLACE,
     COMPUTED,
+    COUPLED,
     CUT_INPUT,
     EQUAL_INPUTS,
     INPUTS_DISAGREE,
@@ -134,6 +137,18 @@ _UNKNOWN_DRAWS = (
     "Some samples of the updates are unattributed. They are charged as if the loader "
     "had drawn every example that they hold data of for the same update. That holds "
     "for generated samples. It does not hold for batches of another loader."
+)
+_UNCOUNTED_PASS = (
+    "The loss also used a forward pass over inputs that the data loader did not "
+    "deliver. If they are examples of the training set, as another loader or a memory "
+    "of earlier batches has them, these participations are not counted, and the "
+    "privacy loss is larger than recorded. Train on the batches of the loader that "
+    "make_private returned. If they are generated, public, or computed from the same "
+    "batch, every participation is counted."
+)
+_COUPLED_INPUT = (
+    "The loop computed inputs of the model. It is assumed that each was computed from "
+    "one example. " + COUPLED
 )
 _UNSEEN_MODEL = (
     "For some gradients no forward pass of the model in training mode was seen, as if "
@@ -658,6 +673,7 @@ class Tracker:
                 chain.check(link, _EVIDENCE[link])
         self._note_doubtful_inputs()
         self._report_unknown(chain)
+        self._report_other_inputs(chain)
         self.report_left_out(chain)
         self._report_skipped(chain)
         if self.has_additions:
@@ -699,6 +715,13 @@ class Tracker:
             chain.leave_unchecked("identity", sentence, warn=False)
         if UNSEEN.name in self.causes:
             chain.leave_unchecked("model", _UNSEEN_MODEL, warn=False)
+
+    def _report_other_inputs(self, chain: Chain) -> None:
+        """Report what is assumed of inputs that the data loader did not deliver."""
+        if ANOTHER_PASS.name in self.causes:
+            chain.leave_unchecked("draw", _UNCOUNTED_PASS)
+        if any(cause.name in self.causes for cause in (COMPUTED, CHANGED_IN_PLACE)):
+            chain.leave_unchecked("rows", _COUPLED_INPUT, warn=False)
 
     def report_left_out(self, chain: Chain) -> None:
         """Report that the loop or ``collate_fn`` left out a part of a batch.

@@ -44,10 +44,10 @@ _OWN_FACTORS = (
     "by any accounting. Put the factors into the criterion."
 )
 _VARYING = (
-    "The training loop multiplied the loss of one batch by {low:.4g} and that of "
-    "another by {high:.4g}. That is right if the factor follows a schedule that does "
-    "not depend on the data. One that depends on the batch, such as the inverse of its "
-    "loss, is not covered by any accounting. Call loss.backward() without a factor."
+    "The training loop multiplied one loss by {low:.4g} and another by "
+    "{high:.4g}. That is right if the factor follows a schedule that does not depend "
+    "on the data. One that depends on the batch, such as the inverse of its loss, is "
+    "not covered by any accounting. Call loss.backward() without a factor."
 )
 
 

@@ -150,6 +150,8 @@ class Recorder(RecorderOptions):
 
     _run: RecordedRun | None = None
     _resumed = False
+    _num_made = 0  # updates, after the last one that this recorder has counted
+    _has_undone = False  # and has not warned of it
     _sweep: Callable[[], Any] | None = None
     _weights: Callable[[], Mapping[str, Any]] | None = None
     _processes: Processes | None = None
@@ -236,13 +238,27 @@ class Recorder(RecorderOptions):
 
     def _custody(self) -> Custody | None:
         """Return the current chain of custody, or the one loaded with a run."""
+        run, doubts = self._begun(), []
         if self._chain is not None:
             custody = self._chain.custody()
             if self._last_weights is not None and self._last_weights.are_replaced():
-                return custody.with_doubt("weights", OTHER_WEIGHTS)
-            return custody
-        saved = self._begun().custody
-        return Custody.from_json(saved) if saved else None
+                doubts.append(OTHER_WEIGHTS)
+        elif run.custody:
+            custody = Custody.from_json(run.custody)
+        else:
+            return None
+        if run.undone:
+            self._warn_of_undone()
+            doubts.append(run.undone)
+        for doubt in doubts:
+            custody = custody.with_doubt("weights", doubt)
+        return custody
+
+    def _warn_of_undone(self) -> None:
+        """Warn once of updates that a checkpoint which was loaded does not count."""
+        if self._has_undone:
+            self._has_undone = False
+            warnings.warn(self._begun().undone, stacklevel=3)
 
     def begin(
         self,
@@ -302,7 +318,7 @@ class Recorder(RecorderOptions):
         if self._resumed:
             self._begun().require_same(run)
         else:
-            self._run = run
+            self._run, self._num_made, self._has_undone = run, 0, False
         self._last_weights = last_weights
         self._expect_start()
         self._begin_checkpoints(self._begun(), training, processes)
@@ -485,7 +501,10 @@ class Recorder(RecorderOptions):
         settings = float(noise_std), float(max_grad_norm), float(rate)
         if not noise_generator or noise_generator != run.noise_generator:
             checked_noise_generator(noise_generator)
+        if self._has_undone:
+            self._warn_of_undone()
         run.count_step(*settings, noise_generator)
+        self._num_made = run.num_made
         if self._last_weights is not None:
             self._last_weights.updated()
         if self.checkpoints is not None:
@@ -661,6 +680,9 @@ class Recorder(RecorderOptions):
         """
         if has_begun and self.checkpoints is not None:
             self.checkpoints.resume(loaded.run_name, loaded.num_steps)
+        # Whether training goes on from here is not known yet: the warning waits.
+        self._has_undone = self._num_made > loaded.num_made
+        loaded.num_undone = max(self._num_made, loaded.num_made) - loaded.num_steps
         self._run, self._resumed, self._waiting = loaded, True, WaitingReports()
         self._has_weights_dir = False
         if self._last_weights is not None:

@@ -35,6 +35,7 @@ from opacus_pi.recording.saved_state import (
     FLAGS,
     GENERATOR_STATES,
     LATER_TEXTS,
+    UNDONE,
     VERSION,
     require_whole,
 )
@@ -49,6 +50,12 @@ _OTHER_TRANSFORMS = (
     "and recording go on, and the norms are those of the examples as they are now. The "
     "ledger no longer says which transforms the run used, so a rewind lists them as "
     "declared. Resume with the transforms of the saved run if this was not intended."
+)
+_UNDONE = (
+    "A checkpoint was loaded after later updates had been made: {num_undone} updates "
+    "are not counted. If their models or results decided that it was loaded, as a "
+    "worse validation loss does, or if they were released, they belong to ε: then all "
+    "{num_made} updates must be counted, not {num_steps}."
 )
 _MAX_WAITING = 256  # reports that are added to the run together
 _ROW = "rows."  # before the names of measurements in a saved state
@@ -96,6 +103,8 @@ class RecordedRun:
         data_set: Fingerprint of the data set.
         num_steps: Updates counted so far.
         refusal: Why the run has no ledger; empty if it has one.
+        num_undone: Updates that are not counted, because a checkpoint of before them
+            was loaded.
         weights: Hash of the weights after the last update, if it was computed.
         custody: The chain of custody as JSON, as it was saved; empty if there is none.
         run_name: Name of the run in the files of its checkpoints; empty if it has none.
@@ -122,6 +131,7 @@ class RecordedRun:
     data_set: str
     num_steps: int = 0
     refusal: str = ""
+    num_undone: int = 0
     weights: str = ""
     custody: str = ""
     run_name: str = ""
@@ -151,6 +161,19 @@ class RecordedRun:
         is_fixed = self.sampling == "fixed"
         self.participations = Participations(self.num_examples) if is_fixed else None
         self._forget_observations()
+
+    @property
+    def num_made(self) -> int:
+        """Number of updates that were made, with those that were undone."""
+        return self.num_steps + self.num_undone
+
+    @property
+    def undone(self) -> str:
+        """Why updates that were undone may matter, in sentences; empty if none were."""
+        if not self.num_undone:
+            return ""
+        numbers = {n: getattr(self, n) for n in ("num_undone", "num_made", "num_steps")}
+        return _UNDONE.format(**numbers)
 
     def _forget_observations(self) -> None:
         """Start a row in which no example has been observed."""
@@ -408,6 +431,7 @@ class RecordedRun:
         return {
             "version": VERSION,
             **{name: getattr(self, name) for name in (*_FACTS, *_COUNTS, *LATER_TEXTS)},
+            **({UNDONE: self.num_undone} if self.num_undone else {}),
             "steps": torch.tensor(self.steps, dtype=torch.int64),
             "intervals": _table(self.intervals),
             "open_interval": _table(still_open),
@@ -439,6 +463,7 @@ class RecordedRun:
         require_whole(state)
         later = {name: state.get(name, "") for name in LATER_TEXTS}
         run = cls(**{name: state[name] for name in (*_FACTS, *_COUNTS)}, **later)
+        run.num_undone = state.get(UNDONE, 0)
         run.steps = state["steps"].tolist()
         run.intervals = [UpdateSettings(*row) for row in state["intervals"].tolist()]
         still_open = [UpdateSettings(*row) for row in state["open_interval"].tolist()]

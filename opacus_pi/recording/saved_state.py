@@ -27,6 +27,7 @@ _FAR = 2**53  # larger numbers are not exact as floats, and no run counts so far
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 _ROW = "rows."
 GENERATOR_STATES = "generator_states"  # older releases do not save them
+UNDONE = "num_undone"  # saved if it is not 0
 FLAGS = "has_unattributed"  # of each row's interval, and last of the open one
 _TYPES = {
     "source": (str,),
@@ -115,6 +116,7 @@ def _check_facts(state: Mapping[str, Any]) -> None:
         "sampling": state["sampling"] in ("poisson", "fixed"),
         "num_examples": 0 < state["num_examples"] < _FAR,
         "num_steps": 0 <= state["num_steps"] < _FAR,
+        UNDONE: 0 <= state.get(UNDONE, 0) < _FAR,
         "sample_rate": 0 < state["sample_rate"] <= 1,
         "open_interval": _length(state.get("open_interval")) in (0, 1),
     }.items():

@@ -142,6 +142,10 @@ def test_real_and_generated_samples_in_one_loss(step, strict):
             gan.optimizer.step()
     assert gan.engine.attribution["by_storage"] == 32
     assert set(causes_of(gan)) == names(ANOTHER_PASS)
+    with pytest.warns(UserWarning, match="participations are not counted"):
+        links = {link.name: link for link in gan.engine.ledger.custody.unchecked}
+    assert "another loader or a memory of earlier batches" in links["draw"].sentence
+    assert "are no examples of the training set" in links["rows"].sentence
 
 
 def real_then_fake(gan, real):
@@ -506,3 +510,22 @@ def test_gradients_by_hand_have_their_own_cause():
     assert tracker.attribute([4]).tolist() == [0, 1, 2, 3]
     assert tracker.causes == {BY_HAND.name: 4} and tracker.counts["by_latest"] == 4
     assert "grad_sample_mode" in tracker.explanation(BY_HAND.name)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_inputs_computed_from_a_batch_may_couple_its_examples(in_place):
+    run = runs.Run()
+    for x, y in run.loader:
+        mean = x.mean(0)
+        run.step(x.sub_(mean).exp_() if in_place else (x - mean).exp(), y)
+    links = {link.name: link for link in run.engine.ledger.custody.unchecked}
+    assert "mean of the batch" in links["identity"].sentence
+    assert "mean of the batch" in links["rows"].sentence
+
+
+def test_delivered_inputs_leave_no_doubt_of_rows_or_draws():
+    run = runs.Run()
+    for x, y in run.loader:
+        run.step(x, y)
+    unchecked = {link.name for link in run.engine.ledger.custody.unchecked}
+    assert not unchecked & {"identity", "rows", "draw"}

@@ -208,7 +208,8 @@ SCHEDULED = {
 @pytest.mark.parametrize("kind", SCHEDULED)
 def test_constant_and_scheduled_sizes_are_not_said(kind):
     rows, warned, _ = train(SCHEDULED[kind], epochs=3, poisson_sampling=False)
-    assert not warned and rows.state == "checked"
+    assert not warned and "rose and fell" not in rows.sentence
+    assert rows.state == "checked" or "each was computed from" in rows.sentence
 
 
 def cut_in_collate(items):

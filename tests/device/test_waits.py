@@ -81,7 +81,7 @@ def test_training_on_a_device_without_float64(mode):
     [
         ([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], ""),
         ([[1.0, 1.0, 1.0], [1.0, 2.0, 1.0]], "different factors"),
-        ([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]], "by 1 and that of another by 3"),
+        ([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]], "by 1 and another by 3"),
     ],
 )
 def test_factors_of_losses_are_compared_when_the_chain_is_read(weights, says):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from opacus_pi import AccountingError
+from opacus_pi.accounting import GradNormLedger
 from tests.private_training import NUM_EXAMPLES, Training
 
 
@@ -94,3 +95,85 @@ def test_samples_of_updates_that_were_undone_are_not_counted(tmp_path, num_befor
         custody = training.engine.ledger.custody
         assert custody.num_samples == NUM_EXAMPLES * (num_before + num_since)
         assert custody.num_unattributed == 0 and not custody.cause
+
+
+# ------------------------------------------------------- updates that a rollback undoes
+def go_on(training, path):
+    return training.train(1)
+
+
+def go_back(training, path):
+    return load(training, path)
+
+
+def load(training, path):
+    parts = {"module": training.model, "optimizer": training.optimizer}
+    training.engine.load_checkpoint(path=path, **parts)
+    return training
+
+
+def in_a_new_process(training, path):
+    resumed = load(Training(), path)
+    torch.manual_seed(5)  # other noise than in the first process
+    return resumed
+
+
+UNDONE = {
+    "loaded for good": ([go_on, go_back], 1),
+    "training goes on": ([go_on, go_back, go_on], 1),
+    "twice": ([go_on, go_back, go_on, go_on, go_back, go_on], 3),
+    "a new process after an update": ([go_on, in_a_new_process, go_on], 0),
+    "the current update": ([go_back, go_on], 0),
+    "a new process": ([in_a_new_process, go_on], 0),
+}
+
+
+@pytest.mark.parametrize("name", UNDONE)
+def test_updates_that_a_checkpoint_undoes_are_said_once(tmp_path, name):
+    moves, num_epochs = UNDONE[name]
+    training = trained(momentum=0)
+    per_epoch = training.engine.ledger.mechanism.num_steps
+    path = saved(training, tmp_path / "state.pt", optimizer=training.optimizer)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for move in moves:
+            training = move(training, path)
+        ledger = training.engine.ledger
+    said = [w for w in seen if "are not counted" in str(w.message)]
+    num = per_epoch * num_epochs
+    text = f": {num} updates are not counted."
+    link = weights_link(training.engine)
+    assert (text in link.sentence) == ("not counted" in link.sentence) == bool(num)
+    assert not num or link.state == "unchecked"
+    assert len(said) == sum(move is go_back for move in moves) * bool(num)
+    made = ledger.mechanism.num_steps + num
+    assert not num or f"all {made} updates" in link.sentence
+
+
+def test_updates_that_were_undone_stay_in_files(tmp_path):
+    training = trained(momentum=0)
+    path = saved(training, tmp_path / "state.pt", optimizer=training.optimizer)
+    training.train(1)
+    load(training, path).train(1)
+    sentence = weights_link(training.engine).sentence
+    training.engine.ledger.save(tmp_path / "ledger")
+    (link,) = (
+        link
+        for link in GradNormLedger.load(tmp_path / "ledger").custody.unchecked
+        if link.name == "weights"
+    )
+    assert link.sentence == sentence
+    saved(training, path, optimizer=training.optimizer)
+    resumed = load(Training(), path)
+    assert weights_link(resumed.engine).sentence == sentence
+
+
+def test_a_later_checkpoint_brings_its_updates_back(tmp_path):
+    training = trained(momentum=0)
+    early, late = tmp_path / "early.pt", tmp_path / "late.pt"
+    saved(training, early, optimizer=training.optimizer)
+    saved(training.train(1), late, optimizer=training.optimizer)
+    for path in (early, late):
+        load(training, path)
+    training.train(1)
+    assert weights_link(training.engine).state == "checked"
