@@ -114,7 +114,11 @@ REDACT = Command(
 Remove the name, the person and the examples of a request from the log, for
 good. The request must have been carried out. That there was one, and when it
 was carried out, stays in the log. Copies and exports of the log and the records
-of runs are not changed: remove them yourself.""",
+of runs are not changed: remove them yourself. This cannot be undone.
+
+Once two requests are redacted, the log cannot tell their examples apart: from
+then on, erase the files of all redacted requests, or of none of them. If a
+redacted request shares examples with a later one, erase the files of both.""",
     examples="""\
   opacus-pi log redact deletions.db --request-id 2026-001 \\
       --reason "retention is over\"""",

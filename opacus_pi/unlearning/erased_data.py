@@ -36,7 +36,8 @@ REMAINING = "remaining"  # kind of the entry; the payload of ``what_remains``
 _REMEDY = (
     "Pass the training set as it was, or without exactly the examples that were "
     "forgotten: the others in their old order, or all in their old places with "
-    "anything in place of the forgotten ones."
+    "anything in place of the forgotten ones. If several requests were redacted, the "
+    "log cannot tell their examples apart: erase the files of all of them, or of none."
 )
 
 
@@ -84,24 +85,53 @@ def remaining_in(
             redacted requests, whose examples the log no longer names.
     """
     rows: dict[int, list[int] | None] = {}
-    gone: set[int] | None = set()
-    found: list[Remaining] = []
+    runs: list[tuple[dict[str, Any] | None, frozenset[int]]] = []
     latest: dict[str, Any] | None = None
+    done: set[int] = set()
     for entry in entries:
         payload = entry.payload or {}
         if entry.kind == "request":
             rows[entry.number] = None if entry.redacted else payload.get("indices")
         elif entry.kind == "done" and entry.payload is not None:
-            done = [rows.get(number) for number in payload.get("requests", ())]
-            known = gone is not None and all(isinstance(one, list) for one in done)
-            gone = set(gone or ()).union(*filter(None, done)) if known else None
+            done.update(payload.get("requests", ()))
             latest = facts_of_remaining(entry) or latest
-            found += _state(latest, gone)
+            runs.append((latest, frozenset(done)))
         elif entry.kind == REMAINING:
             latest = facts_of_remaining(entry)
+    found: list[Remaining] = []
+    for facts, numbers in runs:
+        found += _state(facts, _forgotten_by(numbers, rows, set(stored)))
     if not found or found[-1].forgotten.tolist() != sorted(stored):
         found += _state(latest, set(stored))
     return found[::-1]
+
+
+def _forgotten_by(
+    done: frozenset[int], rows: dict[int, list[int] | None], stored: set[int]
+) -> set[int] | None:
+    """Return which examples were forgotten after a run; None if that is not known.
+
+    The examples of redacted requests are those of the weights file that no other
+    request names. If some redacted requests were carried out before the end of the run
+    and others after it, these examples cannot be divided between them.
+
+    Args:
+        done: Numbers of the requests that were carried out until then.
+        rows: The examples of each request; None for a redacted one.
+        stored: The forgotten examples that the weights file lists.
+
+    Returns:
+        All of them, unless a redacted request shares examples with a later one: then
+        too few, which ``_state`` finds out by their number.
+    """
+    redacted = {number for number, one in rows.items() if not isinstance(one, list)}
+    gone = {row for number in done for row in rows.get(number) or ()}
+    if not done <= rows.keys() or (redacted & done and redacted - done):
+        return None
+    if redacted & done:
+        named = {row for one in rows.values() for row in one or ()}
+        gone |= stored - named
+    return gone
 
 
 def _state(facts: dict[str, Any] | None, gone: set[int] | None) -> list[Remaining]:
@@ -184,7 +214,7 @@ def without_erased(states: list[Remaining], data_set: Any) -> ErasedExamples:
         fitting, True, key=lambda state: bool(_difference(state, data_set))
     )
     if not found:
-        raise ValueError(f"{_refusal(states[0], data_set, fitting)} {_REMEDY}")
+        raise ValueError(f"{_refusal(states, data_set, fitting)} {_REMEDY}")
     return _wrapped(fitting[found - 1], data_set)
 
 
@@ -211,20 +241,30 @@ def _difference(state: Remaining, data_set: Any) -> str:
     return unlike_what_remains(state.fingerprint, name)
 
 
-def _refusal(latest: Remaining, data_set: Any, fitting: list[Remaining]) -> str:
+def _numbers(states: list[Remaining]) -> str:
+    """Return how many examples remain after each run, as ``485, 446 or 437``.
+
+    Args:
+        states: What the log says, latest first.
+    """
+    sizes = dict.fromkeys(s.num_examples - len(s.forgotten) for s in states[::-1])
+    *others, last = map(str, sizes)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _refusal(states: list[Remaining], data_set: Any, fitting: list[Remaining]) -> str:
     """Return why a data set is neither the training set nor what remains of it.
 
     Args:
-        latest: What the log says after the last run.
+        states: What the log says, latest first.
         data_set: The data set at hand.
         fitting: What it says after runs that left so many examples, latest first.
     """
-    size, total = len(data_set), latest.num_examples
+    size, total = len(data_set), states[0].num_examples
     if not fitting:
         return (
             f"The data set has {size} examples, but the training set of the deletion "
-            f"log has {total}, of which {total - len(latest.forgotten)} remain after "
-            "its requests."
+            f"log has {total}, of which {_numbers(states)} remain after its requests."
         )
     gone = len(fitting[0].forgotten)
     return (
