@@ -92,7 +92,7 @@ _WEAK_HEADS = {
     "certified if": "Certified if the declarations below hold, but the bound is too "
     "large to be of practical use: guarantee for {}.",
 }
-_LARGE = 10.0  # ε of a bound of no practical use: e^ε is then above 20,000
+LARGE_EPSILON = 10.0  # ε of a bound of no practical use: e^ε is then above 20,000
 _BY_HAND = "the ledger describes the training as it was run"
 _EVENT = "Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ"
 _ONE_SIDED = f"One-sided, for every event E: {_EVENT}."
@@ -356,7 +356,7 @@ class Guarantee(Shown):
         Raises:
             ValueError: If δ is outside (0, 1).
         """
-        return self._is_bound and self.epsilon(delta) > _LARGE
+        return self._is_bound and self.epsilon(delta) > LARGE_EPSILON
 
     @property
     def _is_bound(self) -> bool:

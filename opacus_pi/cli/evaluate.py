@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
@@ -39,6 +40,7 @@ from opacus_pi.evaluation import (
 from opacus_pi.evaluation.oracle import retrained_without
 from opacus_pi.files.checksummed_json import with_json_checksum
 from opacus_pi.report.run import Barriers
+from opacus_pi.unlearning.requests import requested_indices
 
 FORMAT = "opacus_pi.cli.evaluate.v1"
 _NUM_POINTS = 2000  # of the retain set, on which barriers are measured
@@ -75,7 +77,8 @@ def run(options: argparse.Namespace) -> int:
     network = load_model(options, options.weights)
     oracles = [load_model(options, path, "--oracle") for path in options.oracle]
     _require_different_weights(options, [network, *oracles])
-    unchecked = _require_retrained_without(options.oracle, train_set, forget)
+    requested = requested_indices(options.log, len(train_set)) if options.log else ()
+    unchecked = _require_retrained_without(options.oracle, train_set, forget, requested)
     retrained = [sets.metrics(oracle) for oracle in oracles]
     metrics = sets.metrics(network)
     barriers = _barriers(network, oracles, sets, options.match)
@@ -121,7 +124,7 @@ def _require_different_weights(
 
 
 def _require_retrained_without(
-    paths: list[str], train_set: Any, forget: ArrayLike
+    paths: list[str], train_set: Any, forget: NDArray[np.int64], requested: ArrayLike
 ) -> list[str]:
     """Refuse oracles that were retrained without other examples than the forget set.
 
@@ -129,6 +132,7 @@ def _require_retrained_without(
         paths: The files of ``--oracle``.
         train_set: The training set.
         forget: Positions of the forget set.
+        requested: Positions that the requests of the log name; empty without a log.
 
     Returns:
         The files that do not say what their model was trained without.
@@ -143,6 +147,14 @@ def _require_retrained_without(
         if left_out is None:
             unchecked.append(path)
         elif not left_out:
+            every = np.union1d(forget, np.asarray(requested, dtype=np.int64))
+            if len(every) > len(forget) and retrained_without(path, train_set, every):
+                raise BadInput(
+                    f"--oracle: the model in {path} was retrained without "
+                    f"{len(every) - len(forget)} other examples, too: those of the "
+                    "other requests in the log. Name the examples of all requests "
+                    f"({len(every)}) with --forget."
+                )
             raise BadInput(
                 f"--oracle: the model in {path} was retrained without other examples "
                 "than this forget set, or on another data set, so it is not the model "

@@ -77,12 +77,13 @@ def _submit(options: argparse.Namespace) -> None:
         "submitted": [
             {
                 **_facts_of(rows[name]),
+                "person": person,
                 "entered_before": name in known,
                 "num_forgotten_before": len(
                     gone.intersection(rows[name].indices or ())
                 ),
             }
-            for name in names
+            for name, person in zip(names, owned or [None], strict=True)
         ],
         "head": requests.log.head,
     }
@@ -128,7 +129,8 @@ def _submitted_text(
         start = "Entered before" if row["entered_before"] else "Entered"
         size = _examples(len(row["indices"]))
         lines.append(
-            f"{start} in {options.log} as {row['request_id']}: {size}, {_state(row)}."
+            f"{start} in {options.log} as {row['request_id']}"
+            f"{_for_person(facts, row)}: {size}, {_state(row)}."
         )
         if row["state"] == "pending" and row["num_forgotten_before"]:
             lines.append(_overlap(row))
@@ -147,6 +149,16 @@ def _submitted_text(
             "the log."
         )
     return "\n".join([*lines, _KEEP_HEAD, facts["head"]])
+
+
+def _for_person(facts: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Return for whom a request is, if one command entered several.
+
+    Args:
+        facts: The answer for programs.
+        row: One of the requests. The log has only a hash of the person's name.
+    """
+    return f" for {row['person']}" if len(facts["submitted"]) > 1 else ""
 
 
 def _overlap(row: Mapping[str, Any]) -> str:

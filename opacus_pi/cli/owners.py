@@ -11,6 +11,7 @@ that nothing was compared. And what no fingerprint reads, as ``ledger.same_data`
 """
 
 import argparse
+import difflib
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -62,7 +63,9 @@ def read_request(
     if options.only is not None:
         owned = {persons[0]: _only(options, owned)}
     options.flags = {
-        name: "--owners" if flag == "--forget" else flag
+        name: f"--owners {options.owners} ({', '.join(persons)})"
+        if flag == "--forget"
+        else flag
         for name, flag in options.flags.items()
     }
     return np.unique(np.concatenate([*owned.values()])), owned
@@ -203,10 +206,13 @@ def _examples_of(
         BadInput: If the person is unknown, has no examples, or a position twice.
     """
     if person not in owners:
+        near = difflib.get_close_matches(person.casefold(), owners, n=1, cutoff=0.75)
+        meant = f" Did you mean {near[0]}?" if near else ""
         raise BadInput(
             f"--forget-person: {person} is not one of the {len(owners)} persons in "
-            f"{path}. Write one person as the file does, and repeat --forget-person "
-            "for several; positions of examples are named with --forget."
+            f"{path}.{meant} Write one person as the file does, and repeat "
+            "--forget-person for several; positions of examples are "
+            "named with --forget."
         )
     positions = owners[person]
     if not positions:

@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         forgotten_before=log.forgotten,
     )
-    if options.model is not None:
+    # With a rewind, what fine-tuning could claim is only wanted if it was named.
+    if options.model is not None and (options.method or not going_back):
         guarantee = claim(
             make_method(options.method, options.settings),
             import_model(options),
@@ -112,8 +113,12 @@ def _of_log(path: str | None, named: NDArray[np.int64], log: NextRun) -> str:
     more = len(np.setdiff1d(log.examples, named))
     return (
         f"Pending in {path}: {', '.join(_pending(log))}. 'opacus-pi unlearn --log' "
-        "carries out all pending requests in one run, so this plan includes them: "
-        f"{more} example{'s' * (more != 1)} more than the command names.\n"
+        "carries out all pending requests in one run, so this plan includes them. "
+        + (
+            f"They add {more} example{'s' * (more != 1)} to those of the command.\n"
+            if more
+            else "The command names all of their examples.\n"
+        )
     )
 
 

@@ -20,11 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi.cli.errors import BadInput, with_flags
+from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, require_alike
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning import Unlearner
 from opacus_pi.unlearning.claims import left_other_weights, runs_in
 from opacus_pi.unlearning.honouring_weights import weights_path_of
+
+IF_ERASED = (
+    "If only files of forgotten examples were erased, add --log with the deletion log "
+    "that names them."
+)
 
 
 def require_ledgers_of(
@@ -46,7 +52,8 @@ def require_ledgers_of(
             run.require_data_set(data_set)
         except ValueError as error:
             message = with_flags(error, options)
-            raise BadInput(f"--ledger {path}: {message}") from error
+            remedy = "" if options.log else f" {IF_ERASED}"
+            raise BadInput(f"--ledger {path}: {message}{remedy}") from error
     require_alike(runs)
 
 
@@ -86,6 +93,36 @@ def require_recorded_weights(
         "are others: they are of another training, or were changed after it. Nothing "
         "was entered. Name the ledger of the training that left these weights, or "
         "leave out --ledger; the guarantee is then empirical."
+    )
+
+
+def require_weights_of_log(
+    options: argparse.Namespace, given: str, unlearner: Unlearner
+) -> None:
+    """Refuse weights that neither the training left nor the latest run for the log.
+
+    The run starts from the weights beside the log. To name others with ``--weights`` is
+    a mistake, which would have no effect. ``DeletionRequests.resume`` refuses them if
+    the log says where its runs started; after rewinds only the ledgers say it.
+
+    Args:
+        options: The parsed arguments of ``unlearn``, with ``--log``.
+        given: Name of the weights of ``--weights``.
+        unlearner: Has the ledgers, and the weights beside the log.
+
+    Raises:
+        BadInput: If the weights are others, and each ledger names its weights.
+    """
+    names = {run.weights for run in runs_in(unlearner.ledger)}
+    if not names or names & {None, CHANGED}:
+        return
+    if given in names | {unlearner.history.trained, weights_name(unlearner.model)}:
+        return
+    beside = weights_path_of(os.path.realpath(options.log))
+    raise BadInput(
+        f"--weights: {options.weights} holds neither the weights that the training "
+        f"left nor those in {beside}, from which this run would start. Nothing was "
+        "entered. Name the weights of the training, or the log of this model."
     )
 
 

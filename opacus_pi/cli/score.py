@@ -9,14 +9,16 @@ tells which people of a data set are unusual.
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from opacus_pi.accounting.guarantee import rounded_up
+from opacus_pi.accounting.guarantee import LARGE_EPSILON, rounded_up
 from opacus_pi.cli.inputs import load_ledgers
 from opacus_pi.cli.output import answer, table, write_csv
 from opacus_pi.cli.owners import read_owners
+from opacus_pi.difficulty.forget_sets import ties
 from opacus_pi.ledger.custody import LINKS
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.report.persons import rank_persons
@@ -111,6 +113,7 @@ def _persons_text(facts: dict[str, Any], top: int) -> list[str]:
         lines.append(f"Examples without an owner: {facts['num_without_owner']}.")
     if facts["num_without_examples"]:
         lines.append(f"Persons without examples: {facts['num_without_examples']}.")
+    lines += _tied_persons(facts["persons"])
     rows = [
         [
             *(row["person"], row["num_examples"], row["loss"], row["epsilon"]),
@@ -119,7 +122,30 @@ def _persons_text(facts: dict[str, Any], top: int) -> list[str]:
         for row in facts["persons"][:top]
     ]
     lines.append(table(("person", "examples", "loss", "ε", "bound on ε"), rows))
+    if any((row["group_epsilon"] or 0) > LARGE_EPSILON for row in facts["persons"]):
+        lines.append(
+            f"A bound above {LARGE_EPSILON:g} is too large to be of practical use."
+        )
     return ["\n".join(lines)]
+
+
+def _tied_persons(persons: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence if most persons share the largest loss; none if not.
+
+    Args:
+        persons: The ranked persons.
+    """
+    if len(persons) < 2:
+        return []
+    levels = ties([row["loss"] for row in persons])
+    tied = int((levels == levels[0]).sum())
+    if tied < 2:
+        return []
+    return [
+        f"{tied} of {len(persons)} persons share the largest loss: the loss cannot "
+        "distinguish them. Here they are ordered by ε, then by their number of "
+        "examples. If most are tied, a larger clip norm in training tells them apart."
+    ]
 
 
 def _text(scores: Scores, facts: dict[str, Any], top: int) -> str:
@@ -172,7 +198,8 @@ def _about_limits(facts: dict[str, Any]) -> str:
         '\n"ε at most" is an upper limit for the ε of the example at this quantile, '
         "with 95 % confidence, as measured and not proved. This ε is not known "
         "exactly, because the norms are known only for the updates that drew the "
-        "example."
+        "example. The limit also depends on how often the example was drawn, so it may "
+        "fall where ε rises."
     )
 
 

@@ -47,6 +47,7 @@ from opacus_pi.cli.owners import Owned, read_request
 from opacus_pi.cli.recorded_weights import (
     require_ledgers_of,
     require_recorded_weights,
+    require_weights_of_log,
 )
 from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.cli.run_files import new_directory
@@ -56,6 +57,7 @@ from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.ledger.erased_examples import erased_in, not_erased
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.models.predictions import predict
+from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning import Unlearner, UnlearningResult
 from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
@@ -219,7 +221,11 @@ def _carry_out(
             options.log, len(train_set), owned, data_set=fingerprint(train_set)
         )
         verify(requests.log.path)
+    given = weights_name(unlearner.model)
     requests.resume(unlearner)  # refuses the log of another model
+    continues = not going_back and requests.weights_path.exists()
+    if continues:
+        require_weights_of_log(options, given, unlearner)
     if has_earlier:  # else the weights were compared before the log was made
         pending = [np.array(request.indices) for request in requests.pending]
         first = np.unique(np.concatenate([*pending, forget]))
@@ -240,11 +246,13 @@ def _carry_out(
     facts = {
         "request_id": names[0] if len(names) == 1 else None,
         "request_ids": names,
+        "persons": [*owned] or [None],
         "done_before": [n for n in names if n not in done and n not in asked],
         "forgotten_before": [n for n in names if n not in done and n in asked],
         "together_with": [name for name in done if name not in names],
         "deletion_log": options.log,
         "log_is_new": not has_earlier,
+        "continues_from_log": continues,
         "head": requests.log.head,
         "weights": str(requests.weights_path),
         "also_carried_out": [
@@ -386,7 +394,10 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
     forgot = _forgot(
         len(record["forget_indices"]), record["method"], facts["num_steps"]
     )
-    parts.append(f"{forgot}, {facts['seconds']:.1f} s. Written to {facts['out']}.")
+    parts.append(
+        f"{forgot}, {facts['seconds']:.1f} s.{_left_out(record)} "
+        f"Written to {facts['out']}."
+    )
     if facts["before"]:
         rows = [(n, v, facts["after"][n]) for n, v in facts["before"].items()]
         parts.append(table(("metric", "before", "after"), rows))
@@ -417,13 +428,22 @@ def _of_log(facts: dict[str, Any]) -> list[str]:
     Args:
         facts: The answer for programs, of a command with ``--log``.
     """
-    names = facts["request_ids"]
-    each = ", one for each person, in the order of the command" * (len(names) > 1)
+    persons = facts["persons"]
+    several = len(persons) > 1
+    names = [
+        f"{name} for {person}" if several else name
+        for name, person in zip(facts["request_ids"], persons, strict=True)
+    ]
     notes = _done_before(facts) + [
         f"Request {name} was still pending in the log: its examples were forgotten in "
         "the same run."
         for name in facts["together_with"]
     ]
+    if facts["continues_from_log"] and facts["carried_out"]:
+        notes.append(
+            f"The run started from the weights beside the log, {facts['weights']}, "
+            "which honour the earlier requests, and replaced them."
+        )
     if facts["log_is_new"]:
         notes.append(
             f"{facts['deletion_log']} is a new log. If requests about this model were "
@@ -431,7 +451,7 @@ def _of_log(facts: dict[str, Any]) -> list[str]:
         )
     return [
         *notes,
-        f"Entered in {facts['deletion_log']} as {', '.join(names)}{each}. Keep the "
+        f"Entered in {facts['deletion_log']} as {', '.join(names)}. Keep the "
         "head of the log elsewhere: with it, 'opacus-pi verify' finds out whether "
         f"this entry or an earlier one is removed.\n{facts['head']}",
     ]
@@ -448,6 +468,21 @@ def _done_before(facts: dict[str, Any]) -> list[str]:
             for name in facts["forgotten_before"]
         ),
     ]
+
+
+def _left_out(record: dict[str, Any]) -> str:
+    """Return a sentence about examples of earlier requests; empty if there are none.
+
+    Args:
+        record: Of the run, which also leaves these examples out.
+    """
+    more = len({*record["forgotten_before"]} - {*record["forget_indices"]})
+    if not more:
+        return ""
+    return (
+        f" It also left out the {more} other example{'s' * (more > 1)} of earlier "
+        "requests."
+    )
 
 
 def _forgot(size: int, method: str, num_steps: int) -> str:

@@ -156,10 +156,10 @@ class Plan(Shown):
         )
         return (
             f"Examples to forget: {len(self.forget)}, to keep: {self.num_retain}.\n"
-            f"{self._before()}"
+            f"{self._before()}{self._by_rewind(delta)}"
             f"Mean privacy loss {self.mean_loss:.4g} at order {self.order:g}, "
             f"{self._place()}{ranking}.\n{tied}{self._steps()}"
-            f"{self._claim(delta)}{self._limits(delta)}{self._by_rewind(delta)}"
+            f"{self._claim(delta)}{self._limits(delta)}"
             f"{self._large(delta)}"
         )
 
@@ -198,8 +198,9 @@ class Plan(Shown):
         if self.rewind is None:
             return ""
         return (
-            f"\n\nInstead of unlearning steps, a rewind. {self.rewind.cost_text}\n"
-            f"{self.rewind.guarantee.text(delta)}"
+            f"By a rewind: {self.rewind.cost_text}\n"
+            f"{self.rewind.guarantee.text(delta)}\n\n"
+            "By unlearning steps instead of the rewind:\n"
         )
 
     def _claim(self, delta: float) -> str:
@@ -349,8 +350,8 @@ def _predicted(
     epochs = predict_time(mean, past, times, past_lengths=lengths)
     if epochs is None:
         return None, (
-            "a prediction needs two past runs of different difficulty: pass them with "
-            "plan(..., past_runs=[(ids, epochs), ...]), or --past on the command line"
+            "a prediction needs two past runs of different difficulty (past_runs, or "
+            "--past on the command line)"
         )
     fit = f"log-linear fit to {len(past_runs)} past runs"
     num_unfinished = _num_unfinished(past_runs)

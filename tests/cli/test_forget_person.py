@@ -94,7 +94,8 @@ PERSON = ("--forget-person", "p03")
         (("--forget-person", "none", "--owners", "FILE"), "none has no examples in"),
         ((*PERSON, *PERSON, "--owners", "FILE"), "a person is named twice"),
         ((*PERSON, "--owners", "nothing.json"), "--owners: no such file"),
-        (("--forget-person", "out", "--owners", "FILE"), "--owners must be"),
+        (("--forget-person", "P03", "--owners", "FILE"), "Did you mean p03?"),
+        (("--forget-person", "out", "--owners", "FILE"), "owners.json (out) must be"),
     ],
 )
 @pytest.mark.parametrize("command", [PLAN, EVALUATE, UNLEARN])
@@ -226,7 +227,7 @@ def test_two_persons_of_whom_one_was_forgotten_before(run, owners, tmp_path):
     assert record["forgotten_before"] == [5, 9]
     assert text.startswith("Forgot 3 examples") and "was carried out before." in text
     assert "Request later was still pending in the log: its examples were" in text
-    assert "one for each person, in the order of the command" in text
+    assert " for p03, " in text and " for p04. Keep the head" in text
 
 
 @pytest.mark.parametrize("command", [PLAN, EVALUATE, UNLEARN, SCORE])

@@ -162,7 +162,7 @@ def test_pending_requests_are_in_the_run_and_in_its_plan(run, answer, tmp_path):
         assert found[name] == together[name]
     _, out, _ = run(*PLAN, "3", "--log", path)
     assert out.startswith(f"Pending in {path}: a. 'opacus-pi unlearn --log' carries")
-    assert "2 examples more than the command names" in out
+    assert "They add 2 examples to those of the command." in out
     assert path.read_bytes() == content
     run_of_it = answer(
         *("unlearn", *ON, "--forget", "3", "--method", "langevin"),

@@ -1,11 +1,16 @@
 """A ledger of other weights is refused before anything is entered or trained."""
 
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
+from torch.nn import CrossEntropyLoss
 
-from opacus_pi import Unlearner
+from opacus_pi import FineTune, Unlearner
+from opacus_pi.cli.errors import BadInput
+from opacus_pi.cli.recorded_weights import require_ledgers_of, require_weights_of_log
 from opacus_pi.ledger.checks import CHANGED
+from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.requests import DeletionRequests
 from tests.cli.conftest import DATA, MODEL
@@ -84,10 +89,17 @@ def test_later_requests_continue_from_weights_that_the_log_knows(run, answer, tm
         words = ("unlearn", *model, *SHORT, *LEDGER, *log, "--forget", name)
         answer(*words, "--out", tmp_path / name)
     head = verify(tmp_path / "log.db").head
+    words = ("unlearn", *OTHER, *SHORT, *log, "--forget", "7", "--out", tmp_path / "c")
+    code, _, err = run(*words, *LEDGER)
+    assert code == 2 and "has neither the weights from which" in err
     without = ("unlearn", *honouring, *SHORT, *LEDGER, "--forget", "7")
     err = stopped(run, (*without[1:], "--out", tmp_path / "d"))
     assert "weights.safetensors" in err  # these are weights after later training
     assert verify(tmp_path / "log.db").head == head
+    words = ("unlearn", *MODEL, *SHORT, *LEDGER, *log, "--forget", "7")
+    text = run(*words, "--out", tmp_path / "7")[1]
+    assert "The run started from the weights beside the log" in text
+    assert "also left out the 3 other examples of earlier requests" in text
 
 
 def test_a_log_that_began_with_other_weights(run, answer, tmp_path):
@@ -97,3 +109,33 @@ def test_a_log_that_began_with_other_weights(run, answer, tmp_path):
     err = stopped(run, (*words[1:], "5", *LEDGER, "--out", tmp_path / "b"))
     assert "the weights from which the requests in" in err and "log.db started" in err
     answer(*words, "5", "--out", tmp_path / "b")
+
+
+def test_after_rewinds_the_ledger_names_the_trained_weights(project, ledger):
+    import cli_project
+
+    beside = cli_project.build()  # the weights beside the log
+    options = Namespace(weights="w.pt", log="log.db")
+    for runs, given, fits in (
+        (ledger, ledger.weights, True),
+        (ledger, weights_name(beside), True),
+        (ledger, f"sha256:{'0' * 64}", False),
+        (replace(ledger, weights=None), f"sha256:{'0' * 64}", True),
+        (None, f"sha256:{'0' * 64}", True),
+    ):
+        worker = Unlearner(
+            beside, criterion=CrossEntropyLoss(), method=FineTune(), ledger=runs
+        )
+        if fits:
+            require_weights_of_log(options, given, worker)
+            continue
+        with pytest.raises(BadInput, match="--weights: w.pt holds neither .*log.db"):
+            require_weights_of_log(options, given, worker)
+
+
+def test_a_data_set_that_lacks_erased_files_needs_the_log(ledger):
+    for log, remedy in ((None, True), ("log.db", False)):
+        options = Namespace(ledger=["ledger.safetensors"], log=log, flags={})
+        with pytest.raises(BadInput, match="--ledger ledger.safetensors") as raised:
+            require_ledgers_of(options, [ledger], "ImageFolder:119:abc:def")
+        assert ("add --log" in str(raised.value)) == remedy

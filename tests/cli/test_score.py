@@ -222,3 +222,18 @@ def test_persons_are_ranked_with_a_bound_for_as_many_examples(
     code, out, err = run("score", LEDGER, "--owners", path)
     assert code == 2 and out == "" and "--owners must list examples of the" in err
     assert "persons" not in answer("score", LEDGER)
+
+
+def test_tied_persons_and_large_bounds_are_said(run, ledger, tmp_path):
+    norms = np.full_like(ledger.grad_norms, 0.5)
+    norms[:, :37] = 100.0  # clipped
+    tied = tmp_path / "tied.safetensors"
+    replace(ledger, grad_norms=norms).save(tied)
+    persons = {"a": [*range(30)], "b": [31], "c": [50]}
+    path = owners_file(tmp_path / "owners.json", persons)
+    out = run("score", tied, "--owners", path)[1]
+    assert "2 of 3 persons share the largest loss" in out
+    assert "A bound above 10 is too large to be of practical use." in out
+    owners_file(path, {"a": [1], "c": [50]})
+    out = run("score", tied, "--owners", path)[1]
+    assert "persons share" not in out
