@@ -246,7 +246,7 @@ def _carry_out(
     facts = {
         "request_id": names[0] if len(names) == 1 else None,
         "request_ids": names,
-        "persons": [*owned] or [None],
+        "persons": [*owned],
         "done_before": [n for n in names if n not in done and n not in asked],
         "forgotten_before": [n for n in names if n not in done and n in asked],
         "together_with": [name for name in done if name not in names],
@@ -428,12 +428,10 @@ def _of_log(facts: dict[str, Any]) -> list[str]:
     Args:
         facts: The answer for programs, of a command with ``--log``.
     """
-    persons = facts["persons"]
-    several = len(persons) > 1
-    names = [
-        f"{name} for {person}" if several else name
-        for name, person in zip(facts["request_ids"], persons, strict=True)
-    ]
+    names, persons = facts["request_ids"], facts["persons"]
+    if len(persons) > 1:
+        pairs = zip(names, persons, strict=True)
+        names = [f"{name} for {person}" for name, person in pairs]
     notes = _done_before(facts) + [
         f"Request {name} was still pending in the log: its examples were forgotten in "
         "the same run."
