@@ -221,11 +221,7 @@ def _carry_out(
             options.log, len(train_set), owned, data_set=fingerprint(train_set)
         )
         verify(requests.log.path)
-    given = weights_name(unlearner.model)
-    requests.resume(unlearner)  # refuses the log of another model
-    continues = not going_back and requests.weights_path.exists()
-    if continues:
-        require_weights_of_log(options, given, unlearner)
+    continues = _resume(options, requests, unlearner) and not going_back
     if has_earlier:  # else the weights were compared before the log was made
         pending = [np.array(request.indices) for request in requests.pending]
         first = np.unique(np.concatenate([*pending, forget]))
@@ -260,6 +256,27 @@ def _carry_out(
         ],
     }
     return own, facts
+
+
+def _resume(
+    options: argparse.Namespace, requests: DeletionRequests, unlearner: Unlearner
+) -> bool:
+    """Take the weights beside the log; return whether there are any.
+
+    Args:
+        options: The parsed arguments.
+        requests: The requests of the log.
+        unlearner: Made from the model with ``--weights``.
+
+    Raises:
+        BadInput: If ``--weights`` are of another model than the log.
+    """
+    given = weights_name(unlearner.model)
+    requests.resume(unlearner)  # refuses the log of another model
+    continues = requests.weights_path.exists()
+    if continues and not options.checkpoints:
+        require_weights_of_log(options, given, unlearner)
+    return continues
 
 
 def _pending(record: dict[str, Any]) -> dict[str, Any]:
