@@ -251,9 +251,7 @@ def _carry_out(
         "continues_from_log": continues,
         "head": requests.log.head,
         "weights": str(requests.weights_path),
-        "also_carried_out": [
-            _pending(result.record) for result in results if result is not own
-        ],
+        "also_carried_out": [_pending(r.record) for r in results if r is not own],
     }
     return own, facts
 
