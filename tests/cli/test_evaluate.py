@@ -11,6 +11,7 @@ from torch.utils.data import Subset, TensorDataset
 from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.sets import require_unseen
 from opacus_pi.evaluation import OracleCache, evaluate
+from opacus_pi.unlearning.requests import DeletionRequests
 from tests.cli.conftest import DATA, MODEL
 
 EVALUATE = ("evaluate", *MODEL, *DATA, "--forget", "3,17,40")
@@ -153,6 +154,15 @@ def test_oracles_of_other_people_are_refused(run, tmp_path):
     code, out, err = run(*EVALUATE, "--oracle", other)
     assert (code, out) == (2, "")
     assert "was retrained without other examples than this forget set" in err
+
+
+def test_an_oracle_without_the_examples_of_all_requests_is_named(run, tmp_path):
+    log = tmp_path / "deletions.db"
+    DeletionRequests(log, 120).submit("other", indices=[5, 6])
+    every = oracle_without(tmp_path, [3, 5, 6, 17, 40])
+    code, _, err = run(*EVALUATE, "--log", log, "--oracle", every)
+    assert code == 2 and "without 2 other examples, too: those of the other" in err
+    assert "all requests (5) with --forget" in err
 
 
 def test_oracles_add_up_and_those_without_facts_are_named(run, answer, tmp_path):

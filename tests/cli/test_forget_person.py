@@ -213,6 +213,14 @@ def test_two_persons_have_two_requests_and_one_run(run, answer, owners, tmp_path
     assert "Nothing is left to do." in text and not (tmp_path / "again").exists()
 
 
+def test_submitting_for_two_persons_says_whose_request_is_whose(run, owners, tmp_path):
+    words = ("log", "submit", tmp_path / "deletions.db", *DATA[:2], "--owners", owners)
+    code, text, _ = run(*words, *TWO)
+    assert code == 0 and " for p03: 2 examples" in text and " for p04: 1 ex" in text
+    other = ("log", "submit", tmp_path / "b.db", *DATA[:2], "--owners", owners)
+    assert " for p03" not in run(*other, *TWO[:2])[1]
+
+
 def test_two_persons_of_whom_one_was_forgotten_before(run, owners, tmp_path):
     log = tmp_path / "deletions.db"
     DeletionRequests(log, 120).submit("late", indices=[9])
