@@ -183,7 +183,7 @@ def test_a_second_run_starts_a_new_ledger_and_does_not_hide_the_first():
     second = Training(engine=first.engine, batch_size=12).train(1)
     assert second.engine.recorder.num_steps == 2
     with pytest.raises(
-        AccountingError, match="holds 2 updates.*one engine for each run"
+        AccountingError, match="holds 2 updates.*one engine for each model"
     ):
         second.engine.privacy_losses(2)
     first.train(1)
