@@ -177,7 +177,7 @@ def _seal_export(entries):
 def _export(deletions, path):
     """The log of the deletions, half of it disclosed."""
     with _file(deletions) as log:
-        export_log(DeletionLog(log), path, disclose=[0, 2])
+        export_log(DeletionLog(log), path, disclose=[0, 3])
 
 
 def read_unlearned(log):
