@@ -368,7 +368,7 @@ def test_a_bound_with_declarations_is_never_called_certified(method):
     claim = result.guarantee
     assert claim.kind == "certified if" and not claim.unmet
     assert len(claim.declarations) >= 4
-    assert str(claim).startswith("Certified if the declarations below hold: ")
+    assert str(claim).startswith("Certified if the declarations below hold")
     estimates = dataclasses.replace(
         claim, assumptions=(*claim.assumptions, Assumption("x", False, "unknown"))
     )

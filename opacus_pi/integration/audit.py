@@ -67,7 +67,7 @@ from opacus_pi.models.batches import (
     tensors_of,
     to_device,
 )
-from opacus_pi.models.live_modules import uncalled_by_criterion
+from opacus_pi.models.live_modules import ModelInCriterion, uncalled_by_criterion
 from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording import Recorder
 
@@ -295,7 +295,7 @@ def _require_fitting(loss: TrainedLoss, outputs: Any, y: Any) -> None:
     """
     try:
         loss(outputs, y)
-    except CoupledLoss:
+    except (CoupledLoss, ModelInCriterion):
         return
     except MODEL_ERRORS as error:
         given, wanted = (tensors_of(tree) for tree in (outputs, y))

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import default_collate
 
-__all__ = ["Collate", "Collating"]
+__all__ = ["Collating"]
 
 Collate = Callable[[list[Any]], Any]
 

@@ -41,6 +41,7 @@ from opacus_pi.models.copies import (
 
 __all__ = [
     "LiveModules",
+    "ModelInCriterion",
     "hidden_from_opacus",
     "own_parameters_only",
     "uncalled_by_criterion",
@@ -52,6 +53,10 @@ _CALLED = (
     "loop, and audit a criterion that is computed from its outputs: "
     "criterion(model(x), y)."
 )
+
+
+class ModelInCriterion(ValueError):
+    """A criterion calls the model whose outputs it is given."""
 
 
 class LiveModules:
@@ -128,7 +133,8 @@ def uncalled_by_criterion(model: nn.Module) -> Iterator[None]:
         model: Plain or wrapped.
 
     Raises:
-        ValueError: In a call with gradients of a layer of the model.
+        ModelInCriterion: In a call of a layer of the model with gradients; a
+            ValueError.
     """
     handles = [
         module.register_forward_pre_hook(_refuse_gradients)
@@ -144,7 +150,7 @@ def uncalled_by_criterion(model: nn.Module) -> Iterator[None]:
 def _refuse_gradients(*_: Any) -> None:
     """Raise in a pass with gradients; a hook that runs before a forward pass."""
     if is_grad_enabled():
-        raise ValueError(_CALLED)
+        raise ModelInCriterion(_CALLED)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def test_one_gradient_that_is_no_number(mode, value):
         grad_sample_mode=mode,
     ).train(1)
     with pytest.raises(
-        AccountingError, match="not finite at or before update 1: .*diverged"
+        AccountingError, match=r"not finite at or before update 1: that of example \d+"
     ):
         _ = training.engine.ledger
     with pytest.raises(AccountingError, match="not finite"):

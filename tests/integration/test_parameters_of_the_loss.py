@@ -1,7 +1,5 @@
 """Parameters of the model that the loop's loss uses, as uncertainty weights are."""
 
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,7 +48,13 @@ def whole():
 
 def weighted(model, outputs, labels):
     """Return a loss whose weights are parameters, one loss for each example."""
-    own = F.cross_entropy(model.second(outputs), labels, reduction="none")
+    return scaled(model, outputs, labels, model.second(outputs))
+
+
+def scaled(model, outputs, labels, logits=None):
+    """Return the same without a layer of the model, which an audit refuses."""
+    logits = outputs if logits is None else logits
+    own = F.cross_entropy(logits, labels, reduction="none")
     scales = (-model.log_variance).exp()
     return own * scales[0] + outputs.square().mean(1) * scales[1]
 
@@ -116,14 +120,18 @@ def test_functions_with_weights_in_the_loop_are_said(clear):
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_audit_does_not_hide_it():
-    assert doubts_on_norms(train(Weighted(), weighted, "hooks", audits=True))
+    assert doubts_on_norms(train(Weighted(), scaled, "hooks", audits=True))
+
+
+def test_an_audit_refuses_a_loss_that_calls_a_layer():
+    with pytest.raises(ValueError, match="^The criterion calls the model, or a layer"):
+        train(Weighted(), weighted, "hooks", audits=True)
 
 
 @pytest.mark.parametrize("mode", ["hooks", "functorch"])
 @pytest.mark.parametrize("clear", ["before", "between", "zeros between"])
-def test_nothing_is_said_if_the_loop_calls_layers(mode, clear):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="The library assumes")
+def test_the_norms_are_right_if_the_loop_calls_layers(mode, clear):
+    with pytest.warns(UserWarning, match="outside of the model's forward pass"):
         engine = train(TwoHeads(), by_second_head, mode, clear=clear)
     assert not doubts_on_norms(engine)
 
