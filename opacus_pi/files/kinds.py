@@ -147,7 +147,7 @@ PRIVACY_STATEMENT = FileKind(
 DELETION_STATEMENT = FileKind(
     "opacus_pi.DeletionStatement",
     "a statement about a deletion",
-    reader="opacus_pi.unlearning.deletion_statement:DeletionStatement.load",
+    reader="opacus_pi.unlearning.deletion_statements:DeletionStatement.load",
 )
 REPORT = FileKind("opacus_pi.Report", "the JSON of a report")
 ANSWER = FileKind("opacus_pi.cli", "an answer of opacus-pi")

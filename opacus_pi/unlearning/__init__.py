@@ -15,7 +15,7 @@ requests about a model in a tamper-evident log and carries each out once. The me
 | who asked for it, and was it done? | ``requests``, ``deletion_log`` |
 | what is pending? | ``listed_requests``, ``next_run`` |
 | how is a result kept? | ``saved_result`` |
-| what may be shown to others? | ``log_export``, ``deletion_statement`` |
+| what may be shown to others? | ``log_export``, ``deletion_statements`` |
 
 >>> import torch
 >>> data_set = torch.utils.data.TensorDataset(torch.randn(8, 2), torch.arange(8) % 3)
@@ -29,7 +29,7 @@ requests about a model in a tamper-evident log and carries each out once. The me
 from opacus_pi._promised import promise
 from opacus_pi.unlearning.callbacks import Callback, LogMetrics
 from opacus_pi.unlearning.deletion_log import DeletionLog
-from opacus_pi.unlearning.deletion_statement import (
+from opacus_pi.unlearning.deletion_statements import (
     DeletionStatement,
     deletion_statement,
 )

@@ -28,7 +28,7 @@ from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.strict_json import json_text
 from opacus_pi.files.weights_file import write_weights
-from opacus_pi.unlearning.deletion_statement import deletion_statement
+from opacus_pi.unlearning.deletion_statements import deletion_statement
 from opacus_pi.unlearning.honouring_weights import sha256_of
 from opacus_pi.unlearning.unlearner import UnlearningResult
 
