@@ -3,7 +3,8 @@
 Ghost clipping knows the criterion, so the targets of each loss can be compared with the
 delivered batch. The forward pass says which delivered sample is in each position; the
 targets must be those of the same samples. Targets that are one-hot or probabilities are
-compared by their largest entry, too.
+compared by their largest entry, too; then each class must have the same targets in all
+batches, as constant label smoothing gives them.
 
 *Guarantee.* Targets that are delivered values in the order of the samples are never
 reported. The link "rows" is broken only if the targets are the values of the delivered
@@ -53,7 +54,10 @@ _UNCLEAR = (
 )
 _COMPUTED = (
     "The training loop computed the targets that the criterion was given, so they are "
-    "assumed to be in the order of the model's inputs. Compute targets in the data set "
+    "assumed to be in the order of the model's inputs, and each is assumed to be "
+    "computed from one example. If a target was computed from several examples, such "
+    "as by the mean of the batch, one example changes the losses of others, and "
+    "max_grad_norm does not bound its influence. Compute targets in the data set "
     "instead; their order can then be compared."
 )
 
@@ -74,6 +78,7 @@ class TargetOrder:
         self._was_delivered = self._was_computed = self._is_broken = False
         # Of targets in another order: the target that each delivered value got.
         self._codes: dict[int, int] = {}
+        self._of_classes: dict[int, int] = {}  # the targets that each class got
 
     def saw(self, targets: Any) -> None:
         """Compare the targets of a loss that was just computed.
@@ -103,7 +108,10 @@ class TargetOrder:
         Args:
             compared: Those in which something could be compared.
         """
-        if not compared or any(c.order == "same" for c in compared):
+        same = [c for c in compared if c.order == "same"]
+        if same or not compared:
+            if not all(map(self._are_of_classes, same)):
+                self._chain.leave_unchecked("rows", _COMPUTED)
             return
         if any(c.order == "computed" for c in compared):
             self._was_computed = True
@@ -113,6 +121,15 @@ class TargetOrder:
             self._chain.break_link("rows", _OTHER_ORDER)
         else:
             self._chain.leave_unchecked("rows", _UNCLEAR)
+
+    def _are_of_classes(self, comparison: "_Comparison") -> bool:
+        """Return whether each class had the same targets whenever it was compared."""
+        if len(self._of_classes) > _MAX_CODES:
+            self._of_classes.clear()
+        pairs = zip(
+            comparison.delivered.tolist(), comparison.given.tolist(), strict=True
+        )
+        return all(self._of_classes.setdefault(c, given) == given for c, given in pairs)
 
     def _is_new_order(self, comparison: "_Comparison") -> bool:
         """Return whether the targets were moved, rather than their values renamed."""
@@ -141,7 +158,8 @@ class _Comparison:
 
     Attributes:
         order: None if nothing can be compared.
-        delivered: Checksum of the delivered value of each sample, int64 ``(k,)``.
+        delivered: Checksum of the delivered value of each sample, int64 ``(k,)``; of
+            its class, if only the classes are the same; empty, if all is the same.
         given: Checksum of the value that the criterion was given for it.
     """
 
@@ -177,7 +195,11 @@ class _Comparison:
             for before, now in _comparable(tensor.content, content):
                 delivered, given = before[positions[known]], now[known]
                 if np.array_equal(delivered, given):
+                    whole = content.checksums[known]
+                    is_whole = np.array_equal(given, whole)
                     self.order = "same"
+                    self.delivered = delivered[:0] if is_whole else delivered
+                    self.given = whole[:0] if is_whole else whole
                     return
                 if np.array_equal(np.sort(delivered), np.sort(given)):
                     self.order, self.delivered, self.given = "other", delivered, given

@@ -112,6 +112,34 @@ def test_other_targets_are_said_once_and_not_refused(targets, change, words):
     assert len(said) == 1
 
 
+def one_hot(y):
+    return F.one_hot(y, 3).float() if y.dim() == 1 else y
+
+
+@pytest.mark.parametrize("targets", [CLASSES, F.one_hot(CLASSES, 3).float()])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: 0.8 * one_hot(y) + 0.2 * one_hot(y).mean(0),
+        lambda y: 0.8 * one_hot(y) + 0.2 * one_hot(y).roll(1, 0),
+        lambda y: 0.8 * one_hot(y) + 0.2 * torch.rand(len(y), 1) * one_hot(y),
+    ],
+    ids=["mean of the batch", "neighbour", "amount of each example"],
+)
+def test_soft_targets_of_one_class_that_differ_are_said(targets, change):
+    link, said = state_after(batches_of(targets), change)
+    assert link.state == "unchecked" and len(said) == 1
+    assert "computed from several examples, such as by the mean" in link.sentence
+
+
+def test_constant_smoothing_of_many_batches_is_checked():
+    labels = torch.arange(400) % 3
+    link, said = state_after(
+        batches_of(labels, 7), lambda y: 0.7 * one_hot(y) + torch.tensor([0.2, 0.1, 0])
+    )
+    assert (link.state, said) == ("checked", [])
+
+
 def test_a_pass_whose_loss_was_computed_is_not_compared():
     tracker = Tracker()
     tracker.delivered([0, 1], torch.eye(2))
