@@ -45,11 +45,12 @@ _COUPLED = (
     "The training loop computed a cross entropy in which the examples of a batch count "
     "unequally, but their shares in the loss had the same sum in {num} batches. So the "
     "loss divides by a quantity of the whole batch: by the sum of the class weights, "
-    'as CrossEntropyLoss(weight=...) does with reduction="mean", or by the number of '
-    "all labels. Then the gradient of an example depends on the labels of the others, "
-    "and max_grad_norm does not bound what it contributes. Train with the mean of one "
-    'loss for each example: use reduction="none" and .mean(), or, if an example has '
-    "several labels, opacus_pi.integration.hugging_face.TokenLoss."
+    'as CrossEntropyLoss(weight=...) does with reduction="mean", by the number of all '
+    "labels, or by the number of examples that it selects. Then the gradient of an "
+    "example depends on the others, and max_grad_norm does not bound what it "
+    "contributes. Train with the mean of one loss for each example: use "
+    'reduction="none" and .mean(), or, if an example has several labels, '
+    "opacus_pi.integration.hugging_face.TokenLoss."
 )
 
 
