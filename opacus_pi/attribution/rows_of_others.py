@@ -83,6 +83,8 @@ class RowsOfOthers:
         """
         if self.are_found or forward.is_whole_delivery or not recent:  # nearly always
             return self.are_found
+        if len(given) == 1 and _is_recognised(forward):
+            return False  # nothing else is there to be compared
         delivery = forward.delivery or recent[0]
         if not self._is_looked_at(delivery):
             return False
@@ -196,6 +198,14 @@ class _Compared:
         own = self._own.entries[self._positions]
         without = self._positions if content is self._own else None
         return num + num_mixed(self._given.entries, own, content.entries, without)
+
+
+def _is_recognised(forward: ForwardPass) -> bool:
+    """Return whether the samples of a pass are known, and each is there once."""
+    indices = forward.indices
+    if indices is None or not forward.is_recognised or forward.is_assumed is not None:
+        return False
+    return bool((indices >= 0).all()) and len(np.unique(indices)) == len(indices)
 
 
 def _contents(delivery: Delivery) -> list[DelayedChecksums | None]:

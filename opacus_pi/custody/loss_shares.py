@@ -16,8 +16,9 @@ multiple of the mean, was not the same. Nothing of the training changes.
 
 **What breaks it.** Losses other than cross entropies of one label a row, logits in half
 precision or of more than 2²² entries, logits of a correct class that are certain up to
-rounding, and runs of fewer than three updates are not judged. Nor are two batches of
-the same composition.
+rounding, and runs of fewer than three updates are not judged. Nor are logits on an
+accelerator, because training would wait for them, and two batches of the same
+composition.
 """
 
 import random
@@ -160,6 +161,7 @@ def _may_be_logits(output: Tensor) -> bool:
     """Return whether an output may be logits of at least two examples and classes."""
     return (
         output.dim() > 1
+        and output.is_cpu  # elsewhere the numbers would make each look wait
         and len(output) > 1
         and min(output.shape) > 0
         and output.requires_grad
