@@ -279,7 +279,7 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
             "It is not used.",
         )
         _check_types(path, arrays, model)
-        model.load_state_dict({k: torch.from_numpy(a) for k, a in arrays.items()})
+        model.load_state_dict({k: torch.tensor(a) for k, a in arrays.items()})
     except (ValueError, RuntimeError) as error:
         warnings.warn(f"Retraining an oracle: {error}", stacklevel=2)
         return False
