@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from opacus_pi.custody.chain import Chain
-from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.custody.finding import Finding
 from opacus_pi.custody.function_copies import copied_if_possible
+from opacus_pi.custody.looks import Looks
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.models.batches import map_tensors, num_examples
 from opacus_pi.models.known_losses import is_known_loss
@@ -94,7 +94,7 @@ class LossProbe:
         self._criterion, self._chain = criterion, chain
         self._averages_each_example = averages_each_example
         self._is_known = is_known_loss(criterion)
-        self._num_batches, self._is_settled = 0, False
+        self._looks, self._is_settled = Looks(), False
 
     def saw(self, outputs: Any, targets: Any) -> None:
         """Probe the criterion on a batch, unless enough batches were probed before.
@@ -107,10 +107,9 @@ class LossProbe:
             self._chain.leave_unchecked("loss", _COMPUTED, warn=False)
         if self._is_settled or num_examples(targets) < 2:
             return
-        self._num_batches += 1
-        is_first = self._num_batches <= _NUM_BATCHES
-        self._is_settled = self._is_known and self._num_batches >= _NUM_BATCHES
-        if not is_first and not is_looked_at(self._num_batches):
+        is_looked_at, num = self._looks.count(), self._looks.num_past
+        self._is_settled = self._is_known and num >= _NUM_BATCHES
+        if num > _NUM_BATCHES and not is_looked_at:
             return
         finding = self._probe(outputs, targets)
         if finding.state != "checked":

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from opacus_pi.custody.chain import Chain
-from opacus_pi.custody.checked_updates import checked_updates
+from opacus_pi.custody.looks import Looks, few_updates
 from opacus_pi.models.batches import floating, logits_of
 from opacus_pi.models.output_gradients import OutputGradients
 
@@ -81,8 +81,7 @@ class LossShares:
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
-        self._due = checked_updates(random.Random(0))
-        self._num_updates = 0
+        self._looks = Looks(few_updates(random.Random(0)))
         self._kept: _Kept | None = None
         self._sums: list[float] = []
         self._largest: list[float] = []
@@ -95,8 +94,7 @@ class LossShares:
             kwargs: Its inputs by keyword.
             outputs: Its outputs.
         """
-        is_due = bool(self._due) and self._num_updates + 1 >= self._due[0]
-        if not is_due or self._kept is not None:
+        if not self._looks.is_due or self._kept is not None:
             return
         leaves = list(floating(logits_of(outputs)).values())
         if len(leaves) != 1 or not _may_be_logits(leaves[0]):
@@ -106,8 +104,7 @@ class LossShares:
 
     def run(self) -> None:
         """Judge the shares of the pass that was kept, with those of earlier passes."""
-        self._num_updates += 1
-        self._due = [update for update in self._due if update > self._num_updates]
+        self._looks.count()
         kept, self._kept = self._kept, None
         gradient = None if kept is None else kept.gradients.tensors().get(0)
         if kept is None or gradient is None or self._chain.is_broken("loss"):

@@ -8,7 +8,7 @@ the number of tokens of the whole batch is not, and the gradient of an example t
 depends on the lengths of the others.
 
 A copy of the model in evaluation mode, which shares its weights, runs on the batch and
-on its halves, in some of the updates (:mod:`~opacus_pi.custody.checked_updates`). The
+on its halves, in some of the updates (:mod:`~opacus_pi.custody.looks`). The
 examples are ordered by their numbers of labels before they are halved, so that the
 halves have the same number only if all examples have it. Only losses through which a
 backward pass has run are looked at.
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_pi.custody.chain import Chain
-from opacus_pi.custody.checked_updates import checked_updates
+from opacus_pi.custody.looks import Looks, few_updates
 from opacus_pi.custody.probed_call import num_examples
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.models.batches import NUM_ITEMS, floating, rows_of, tensors_of
@@ -114,8 +114,8 @@ class ModelLossProbe:
         takes_sum: bool = False,
     ) -> None:
         self._model, self._chain, self._takes_sum = model, chain, takes_sum
-        self._due = checked_updates(random.Random(0))
-        self._num_updates = self._num_seen = 0
+        self._looks = Looks(few_updates(random.Random(0)))
+        self._num_seen = 0
         self._factor: float | None = None
         self._kept: _Kept | None = None
 
@@ -127,11 +127,10 @@ class ModelLossProbe:
             kwargs: Its inputs by keyword.
             outputs: Its outputs.
         """
-        model = self._model()
-        is_due = bool(self._due) and self._num_updates + 1 >= self._due[0]
-        if not is_due or self._kept is not None or model is None:
+        if not self._looks.is_due or self._kept is not None:
             return
-        if isinstance(outputs, Tensor) and outputs.dim():
+        model = self._model()
+        if model is None or (isinstance(outputs, Tensor) and outputs.dim()):
             return  # nearly always: the loop computes the loss
         losses = [
             (place, leaf)
@@ -147,23 +146,23 @@ class ModelLossProbe:
 
     def run(self) -> None:
         """Compare the loss of the pass that was kept with those of its halves."""
-        self._num_updates += 1
         kept, self._kept = self._kept, None
-        model = self._model()
-        if kept is None or not kept.was_used or model is None:
+        was_used = kept is not None and kept.was_used
+        self._looks.count(is_done=was_used)
+        model = self._model() if was_used else None
+        if kept is None or model is None:
             return
-        self._due = [update for update in self._due if update > self._num_updates]
         try:
             reason = self._compare(evaluation_copy(model), kept)
         except MODEL_ERRORS as error:
             lines = str(error).splitlines() or [""]
             what = f"{type(error).__name__}: {lines[0]}".rstrip(":. ")
             self._chain.leave_unchecked("loss", _NOT_SEEN.format(error=what))
-            self._due = []
+            self._looks.end()
             return
         if reason:
             self._chain.break_link("loss", reason)
-            self._due = []
+            self._looks.end()
             return
         self._num_seen += 1
         self._chain.await_check("loss", _SEEN.format(count=self._num_seen))

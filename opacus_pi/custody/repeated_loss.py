@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from opacus_pi.custody.chain import Chain
-from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.custody.function_copies import copied_if_possible
+from opacus_pi.custody.looks import Looks
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.models.batches import map_tensors, num_examples, tensors_of
 from opacus_pi.models.no_trace import random_state_untouched
@@ -78,7 +78,7 @@ class RepeatedLoss:
 
     def __init__(self, criterion: Criterion, chain: Chain) -> None:
         self._criterion, self._chain = criterion, chain
-        self._num_batches, self._is_told = 0, False
+        self._looks, self._is_told = Looks(), False
         self._kept: _Kept | None = None
         self._late: Tensor | None = None  # whether losses differed, on an accelerator
         chain.on_read(self._report_late, can_break=False)
@@ -90,8 +90,7 @@ class RepeatedLoss:
             outputs: The outputs that the criterion was given, ``(b, ...)``; only read.
             targets: Its targets, length ``b``.
         """
-        self._num_batches += 1
-        if is_looked_at(self._num_batches):
+        if self._looks.count():
             self.compare(outputs, targets)
 
     def compare(self, outputs: Any, targets: Any) -> None:

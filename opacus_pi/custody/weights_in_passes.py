@@ -28,7 +28,7 @@ undone before the update. Passes before the first update, and distributed runs.
 
 from typing import Any
 
-from opacus_pi.custody.checked_updates import is_looked_at
+from opacus_pi.custody.looks import Looks
 from opacus_pi.custody.weights import WeightSnapshot
 
 __all__ = ["WeightsInPasses"]
@@ -43,7 +43,7 @@ class WeightsInPasses:
 
     def __init__(self, snapshot: WeightSnapshot) -> None:
         self._snapshot = snapshot
-        self._num_passes = 0
+        self._looks = Looks()
         self._awaits = False  # a pass with other weights has had no backward pass yet
         self._is_latest = False  # the latest backward pass was of such a pass
         self._found = False  # a backward pass whose gradients no update has used yet
@@ -56,9 +56,8 @@ class WeightsInPasses:
             kwargs: Its inputs by keyword; not used.
             outputs: Its outputs; not used.
         """
-        self._num_passes += 1
         self._is_latest = False
-        is_short = not is_looked_at(self._num_passes)
+        is_short = not self._looks.count()
         self._awaits |= self._snapshot.has_changed_in_pass(counts_only=is_short)
 
     def backward_began(self, *, is_second: bool = False) -> None:

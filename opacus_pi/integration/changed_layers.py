@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._torch_compat import backward_hooks, forward_hooks, remove_hooks
 from opacus_pi.custody import Chain
-from opacus_pi.custody.checked_updates import is_looked_at
+from opacus_pi.custody.looks import Looks
 from opacus_pi.gradients.clipping.completeness import autocast_rounding
 from opacus_pi.gradients.fallback import MODEL_ERRORS, raise_if_out_of_memory
 from opacus_pi.integration.opacus_compat import (
@@ -77,7 +77,7 @@ class ChangedLayers:
 
     def __init__(self, hooks: AbstractGradSampleHooks, chain: Chain) -> None:
         self._hooks, self._chain = weakref.ref(hooks), chain
-        self._num_passes, self._rounding = 0, 0.0
+        self._looks, self._rounding = Looks(), 0.0
         self._handles: list[RemovableHandle] = []
         # by name of the layer: arguments of its calls, gradients of the second pass
         self._calls: dict[str, list[Any]] = defaultdict(list)
@@ -95,7 +95,7 @@ class ChangedLayers:
 
     def ended(self) -> None:
         """Compare the gradients if the passes that have ended were noted."""
-        self._num_passes += 1
+        self._looks.count()
         hooks = self._hooks()
         if self._handles and hooks is not None:
             for handle in self._handles:
@@ -104,7 +104,7 @@ class ChangedLayers:
             self._compare(hooks)
             self._calls.clear()
             self._grads.clear()
-        if is_looked_at(self._num_passes + 1):
+        if self._looks.is_due:
             self._begin()
 
     def _begin(self) -> None:

@@ -22,7 +22,7 @@ calls, so it is not compared at all; its link stays unchecked for another reason
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from opacus_pi.attribution.lookalikes import rows_of_all
 from opacus_pi.attribution.targets import in_order_of_pass
 from opacus_pi.custody import Chain
 from opacus_pi.custody.function_copies import copied_if_possible
+from opacus_pi.custody.looks import Looks
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.loss_multiples import LossMultiples
 from opacus_pi.models.batches import (
@@ -114,27 +115,23 @@ class Glances:
         self._criterion = copied_if_possible(criterion)
         self._dim, self._is_summed = batch_dim, is_summed
         self._tell_other, self._multiples = tell_other, multiples
-        self._draws = random.Random(0)  # no secret: it only spreads the glances
-        self._num_updates, self._next = 0, 1
+        self._looks = Looks(_updates())
         self._awaited: list[Tensor] = []
         chain.on_read(self._judge)
 
     @property
     def is_near(self) -> bool:
         """Whether targets are needed: a loop may get its next batch before it steps."""
-        return self._next <= self._num_updates + 2
+        return self._looks.is_near
 
     @property
     def is_due(self) -> bool:
         """Whether the outputs of the update under way are compared."""
-        return self._next <= self._num_updates + 1
+        return self._looks.is_due
 
     def update_was_made(self) -> None:
-        """Count an update, and choose the next one that is compared."""
-        if self.is_due:
-            is_early = self._next < _ALL_OF_FIRST
-            self._next += 1 if is_early else self._draws.randint(1, _LARGEST_GAP)
-        self._num_updates += 1
+        """Count an update."""
+        self._looks.count()
 
     def saw_batch(self, delivery: Delivery, batch: Any) -> None:
         """Keep copies of the targets of a batch, if they may be needed.
@@ -287,6 +284,15 @@ class Glances:
             return None
         places = {place: g for place, g in enumerate(found) if g is not None}
         return loss.detach(), places
+
+
+def _updates() -> Iterator[int]:
+    """Yield the numbers of the updates that are compared."""
+    yield from range(1, _ALL_OF_FIRST)
+    draws, number = random.Random(0), _ALL_OF_FIRST  # no secret: it spreads them
+    while True:
+        yield number
+        number += draws.randint(1, _LARGEST_GAP)
 
 
 def _direction_and_factor(

@@ -8,7 +8,7 @@ these are. The labels of every batch are therefore looked at when it is delivere
 If they couple the examples, this does not show yet that the loop does so: it may leave
 such examples out. So the update that uses the batch is to be compared with the
 criterion (``loop_loss``). This is asked for the first three such batches, and one of
-each of the periods of :mod:`~opacus_pi.custody.checked_updates`.
+each of the periods of :mod:`~opacus_pi.custody.looks`.
 
 *Guarantee.* Each update whose batch was not looked at, or should have been compared and
 was not, leaves the link "loss" unchecked. No update waits for an accelerator: labels
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from opacus_pi.attribution.delivery import Delivery, ForwardPass
 from opacus_pi.custody import Chain
-from opacus_pi.custody.checked_updates import checked_updates
+from opacus_pi.custody.looks import Looks, few_updates
 from opacus_pi.models.batches import inputs_and_targets
 from opacus_pi.models.known_losses import LabelMean, are_classes, label_mean_of
 
@@ -71,8 +71,8 @@ class IgnoredLabels:
 
     def __init__(self, criterion: Any, mean: LabelMean, chain: Chain) -> None:
         self._criterion, self._mean, self._chain = criterion, mean, chain
-        self._due = checked_updates(random.Random(0))  # no secret
-        self._num_found = self._num_waits = 0
+        self._looks = Looks(few_updates(random.Random(0)))  # no secret
+        self._num_waits = 0
         self._awaited: list[Delivery] = []
         self._used: list[Delivery] = []
         self._late: Tensor | None = None  # whether labels coupled, on an accelerator
@@ -112,10 +112,8 @@ class IgnoredLabels:
 
     def _is_chosen(self, delivery: Delivery) -> bool:
         """Return whether to compare the update of a batch with ignored labels."""
-        self._num_found += 1
-        if not self._due or self._num_found < self._due[0]:
+        if not self._looks.count():
             return False
-        self._due = self._due[1:]
         self._num_waits = 0
         self._awaited.append(delivery)
         return True

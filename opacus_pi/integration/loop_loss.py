@@ -41,7 +41,7 @@ from opacus_pi.attribution.delivery import Delivery, ForwardPass
 from opacus_pi.attribution.lookalikes import rows_of_all
 from opacus_pi.attribution.targets import in_order_of_pass
 from opacus_pi.custody import Chain
-from opacus_pi.custody.checked_updates import checked_updates
+from opacus_pi.custody.looks import Looks, few_updates
 from opacus_pi.custody.repeated_loss import RepeatedLoss
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audited_run import AuditedRun
@@ -302,8 +302,8 @@ class LoopLoss:
         self._tracker, self._chain, self._new_engine = tracker, chain, new_engine
         self._num_steps, self.num_before = num_steps, num_before
         self._draws = random.Random(0)  # no secret: it only spreads the checks
-        self._due = checked_updates(self._draws)
-        self._num_updates = self.num_compared = self._num_attempts = 0
+        self._looks = Looks(few_updates(self._draws))
+        self.num_compared = self._num_attempts = 0
         self._had_samples = self._has_compared = False
         self._num_passes, self._chosen = 0, set(range(_MAX_PASSES))
         self._precision = Precision()
@@ -333,16 +333,12 @@ class LoopLoss:
 
     def end(self) -> None:
         """Compare no further update."""
-        self._due, self._labels, self._glances = [], None, None
+        self._looks.end()
+        self._labels = self._glances = None
         self._tracker.looks_at_batch = None
         if self._handle is not None:
             self._handle.remove()
         self._arm()
-
-    @property
-    def _is_due(self) -> bool:
-        """Whether the update under way is one of those that were chosen."""
-        return bool(self._due) and self._num_updates + 1 >= self._due[0]
 
     @property
     def _has_ignored(self) -> bool:
@@ -352,7 +348,7 @@ class LoopLoss:
     @property
     def _is_armed(self) -> bool:
         """Whether the update under way is to be compared."""
-        return self._is_due or self._has_ignored
+        return self._looks.is_due or self._has_ignored
 
     @property
     def _is_glanced_at(self) -> bool:
@@ -363,8 +359,7 @@ class LoopLoss:
     def _arm(self) -> None:
         """Have batches and passes kept if the update under way is to be compared."""
         # one update ahead: a loop may get its next batch before it steps
-        is_near = bool(self._due) and self._num_updates + 2 >= self._due[0]
-        self._tracker.keeps_batches = is_near
+        self._tracker.keeps_batches = self._looks.is_near
         is_watching = self._is_armed or self._is_glanced_at
         self._tracker.saw_pass = self._saw_pass if is_watching else None
 
@@ -401,24 +396,23 @@ class LoopLoss:
 
     def update_was_made(self) -> None:
         """Record that an update is complete."""
-        if not self._due and not self._has_ignored and self._glances is None:
+        looks = self._looks
+        if looks.are_over and not self._has_ignored and self._glances is None:
             return
         if not self._had_samples:
             self._chain.await_check("loss", _AWAITED.format(cause=_NO_SAMPLES))
         self._choose_passes()
-        if self._is_armed:
-            self.num_compared += self._has_compared
-            self._num_attempts += self._is_due
-            is_done = self._has_compared or self._num_attempts > _MAX_ATTEMPTS
-            if self._is_due and is_done:
-                self._due, self._num_attempts = self._due[1:], 0
-            self._has_compared = False
-        self._num_updates += 1
+        self.num_compared += self._has_compared
+        self._num_attempts += looks.is_due
+        is_done = self._has_compared or self._num_attempts > _MAX_ATTEMPTS
+        if looks.count(is_done=is_done) and is_done:
+            self._num_attempts = 0
+        self._has_compared = False
         if self._labels is not None:
             self._labels.update_was_made()
         if self._glances is not None:
             self._glances.update_was_made()
-        if not self._due and self._labels is None and self._glances is None:
+        if looks.are_over and self._labels is None and self._glances is None:
             self.end()
         self._arm()
 
@@ -480,7 +474,7 @@ class LoopLoss:
 
         If that was before the audit, the audit does not cover the update.
         """
-        if not self._num_updates and self._num_passes <= _MAX_PASSES:
+        if not self._looks.num_past and self._num_passes <= _MAX_PASSES:
             self.num_before = self._num_steps + 1
 
     def _made(self, forward: ForwardPass, norms: Tensor) -> _Measured:

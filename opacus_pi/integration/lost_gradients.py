@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from opacus_pi._torch_compat import at_end_of_backward, current_backward_pass
 from opacus_pi.custody import Chain
-from opacus_pi.custody.checked_updates import is_looked_at
+from opacus_pi.custody.looks import Looks
 from opacus_pi.gradients.clipping.completeness import autocast_rounding
 from opacus_pi.integration.explanations import listed
 from opacus_pi.integration.opacus_compat import unfinished_calls
@@ -100,7 +100,7 @@ class LostGradients:
         ids = set(map(id, self._parameters))
         self._names = {id(p): n for n, p in model.named_parameters() if id(p) in ids}
         self._chain, self._is_mean, self._is_instead = chain, is_mean, is_instead
-        self._num_passes = 0
+        self._looks = Looks()
         self._pass = -1  # the number that torch gives it
         self._rounding = 0.0  # of mixed precision
         self._before: list[_Before] | None = None
@@ -114,7 +114,7 @@ class LostGradients:
             kwargs: Its inputs by keyword; not used.
             outputs: Its outputs; not used.
         """
-        if is_looked_at(self._num_passes + 1):
+        if self._looks.is_due:
             self._rounding = autocast_rounding()
             self._before = self._noted()
 
@@ -136,8 +136,7 @@ class LostGradients:
         if present == self._pass:  # of another output
             return
         self._pass = present
-        self._num_passes += 1
-        if is_looked_at(self._num_passes):
+        if self._looks.count():
             before = self._noted() if self._before is None else self._before
             self._before = None
             at_end_of_backward(partial(self._compare, before))

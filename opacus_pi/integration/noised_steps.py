@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._torch_compat import step_hook_tables
 from opacus_pi.custody import Chain
-from opacus_pi.custody.checked_updates import is_looked_at
+from opacus_pi.custody.looks import Looks
 from opacus_pi.custody.weights import WeightSnapshot
 from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.raw_gradients import (
@@ -84,7 +84,7 @@ class NoisedSteps:
         self._chain = chain
         self._noted, self._entries = NO_TENSORS, WeightSnapshot()
         self._used = SeenTensors()
-        self._num_steps = 0
+        self._looks = Looks()
         self._searched: tuple[Any, ...] = ()  # numbers of hooks, step and class
         self._is_known = True  # neither hooks nor a class of the user's own
 
@@ -94,11 +94,11 @@ class NoisedSteps:
         Args:
             optimizer: The optimizer that will write the weights.
         """
-        self._num_steps += 1
+        is_looked_at = self._looks.count()
         self._look_at(optimizer)
         gradients = _gradients(optimizer)
         self._noted, self._entries = NotedTensors(gradients), WeightSnapshot()
-        if not self._is_known and is_looked_at(self._num_steps):
+        if is_looked_at and not self._is_known:
             self._entries.watch(gradients)
             self._entries.take()
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from opacus_pi._class_swap import swap_class
-from opacus_pi.custody.checked_updates import is_looked_at
+from opacus_pi.custody.looks import Looks
 from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.chosen_rates import ChosenRates
 from opacus_pi.integration.chosen_settings import NOISE_AND_CLIPPING, ChosenSettings
@@ -129,6 +129,7 @@ def report_updates(optimizer: DPOptimizer, update: UpdateUnderWay) -> None:
     optimizer._pi_divisor = Divisor(optimizer, update.chain)
     optimizer._pi_chosen = ChosenSettings(update.chain)
     optimizer._pi_rates = ChosenRates(update.chain)
+    optimizer._pi_looks = Looks()
     update.chain.keep_while(module_of(update.hooks), optimizer._pi_rates)
     optimizer._pi_written = watch_gradients(
         update.hooks, optimizer, update.tracker, update.chain
@@ -169,6 +170,7 @@ class _ReportingOptimizer(DPOptimizer):
         _pi_divisor: Finds sums that are divided by different numbers.
         _pi_chosen: Finds noise and clip norms that the loop chooses.
         _pi_rates: Finds learning rates that the loop chooses.
+        _pi_looks: Counts updates, and says in which of them noise is looked at.
         _pi_has_own_scaling: Whether the class overrides Opacus's ``scale_grad``.
         _pi_written: Detects gradients that were changed before they are clipped.
     """
@@ -179,7 +181,7 @@ class _ReportingOptimizer(DPOptimizer):
     _pi_divisor: Divisor
     _pi_chosen: ChosenSettings
     _pi_rates: ChosenRates
-    _pi_num_draws = 0
+    _pi_looks: Looks
     _pi_has_own_scaling = False
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
@@ -234,10 +236,10 @@ class _ReportingOptimizer(DPOptimizer):
         A generator whose state does not change may also be one that nothing draws from.
         """
         reason = None
-        self._pi_num_draws += 1
+        is_looked_at = self._pi_looks.count()
         is_distributed = self._pi_update.outside is None
         is_known = not (is_distributed or isinstance(self, AdaClipDPOptimizer))
-        if is_known and (is_drawn_again or is_looked_at(self._pi_num_draws)):
+        if is_known and (is_drawn_again or is_looked_at):
             pairs = ((p.summed_grad, p.grad) for p in self.params)
             reason = missing_noise(pairs, noise_std_of(self))
         if reason is None and is_drawn_again:

@@ -7,9 +7,9 @@ the call are compared with no batch, and the probe of the model does not repeat 
 rows may be those of other examples (``score(x[torch.randperm(b)])``); then each clipped
 gradient is made of two examples, and clipping bounds what neither of them contributes.
 
-``PathsToWeights`` has hooks at the calls of layers, which report each call here. A call
-counts if the model is not running, and a hook on its output notes when a backward pass
-reaches it.
+``PathsToWeights`` has hooks at the calls of the model and of its layers. It reports
+here the calls of layers while the model is not running, and a hook on the output notes
+when a backward pass reaches it.
 
 *Guarantee.* Calls are reported from the end of pass n - 1 to the end of pass n, for the
 passes 1, 2, 4, 8, 16 and so on, and every 64th (of ghost clipping: between the
@@ -30,15 +30,8 @@ from typing import Any
 
 from opacus.grad_sample import AbstractGradSampleHooks
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from opacus_pi._torch_compat import (
-    current_backward_pass,
-    forward_hooks,
-    forward_pre_hooks,
-    is_functorch_wrapped_tensor,
-    remove_hooks,
-)
+from opacus_pi._torch_compat import current_backward_pass, is_functorch_wrapped_tensor
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.causes import UNSEEN
 from opacus_pi.custody import Chain
@@ -71,39 +64,18 @@ class OutsideCalls:
     ) -> None:
         self._hooks = weakref.ref(hooks)
         self._tracker, self._chain = tracker, chain
-        self._running = _Running()
         self._found = ""  # a layer whose gradients no update has used yet
         self._is_told = False  # one layer is enough
 
-    def begin(self, module: nn.Module) -> list[RemovableHandle]:
-        """Note from now on when the model runs; calls of layers are reported, too.
-
-        To be called after the hooks that report them were registered.
-
-        Args:
-            module: The module whose forward pass it is.
-
-        Returns:
-            The handles that end this.
-        """
-        for table in (forward_pre_hooks(module), forward_hooks(module)):
-            remove_hooks(table, _Running)
-        self._running = _Running()
-        return [
-            module.register_forward_pre_hook(self._running.begins),
-            module.register_forward_hook(self._running.ends),
-        ]
-
     def saw(self, name: str, layer: nn.Module, output: Any) -> None:
-        """Watch the output of a call that Opacus follows, if the model is not running.
+        """Watch the output of a call while the model is not running, if Opacus does.
 
         Args:
             name: The layer's.
             layer: The layer, which was called with gradients enabled.
             output: What its ``forward`` has returned.
         """
-        is_within = self._running.num_calls or current_backward_pass() != -1
-        if is_within or self._is_told:
+        if self._is_told or current_backward_pass() != -1:
             return
         follows = getattr(self._hooks(), "hooks_enabled", False) and layer.training
         if not (follows and any(p.requires_grad for p in layer.parameters())):
@@ -128,22 +100,3 @@ class OutsideCalls:
             sentence = _OUTSIDE.format(name=found)
             self._chain.leave_unchecked("rows", sentence)
             self._chain.leave_unchecked("model", sentence, warn=False)
-
-
-class _Running:
-    """Counts the calls of a model that have begun and not ended; copies report nothing.
-
-    Attributes:
-        num_calls: Their number; several, if the model calls itself.
-    """
-
-    def __init__(self) -> None:
-        self.num_calls = 0
-
-    def begins(self, *_: Any) -> None:
-        """Count a call that begins."""
-        self.num_calls += 1
-
-    def ends(self, *_: Any) -> None:
-        """Count a call that ends."""
-        self.num_calls -= 1

@@ -43,7 +43,7 @@ from opacus_pi._torch_compat import (
     sequence_number,
 )
 from opacus_pi.custody import Chain
-from opacus_pi.custody.checked_updates import is_looked_at
+from opacus_pi.custody.looks import Looks
 from opacus_pi.integration.explanations import listed
 from opacus_pi.integration.opacus_compat import (
     has_functional_copy,
@@ -86,7 +86,7 @@ class PathsToWeights:
     Args:
         hooks: What ``make_private`` returned for the model; referred to weakly.
         chain: Its link "norm" breaks; the first reason is enough.
-        outside: Is told of the calls of layers in these passes.
+        outside: Is told of calls of layers while the model is not running.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class PathsToWeights:
     ) -> None:
         self._module = weakref.ref(module_of(hooks))
         self._chain, self._outside = chain, outside
-        self._num_passes = 0
+        self._looks = Looks()
         self._since = 0  # number of the first node that can be judged
         # of the layers that have a parameter, by its id
         self._ranges: dict[int, list[list[_Range]]] = {}
@@ -127,7 +127,7 @@ class PathsToWeights:
             results: Where autograd's graph ends, in any nesting.
             reason: Why a use outside of a call breaks the link, with ``{names}``.
         """
-        self._num_passes += 1
+        self._looks.count()
         module = self._module()
         if self._handles and module is not None:
             outside = self._used_outside(tensors_of(results))
@@ -136,7 +136,7 @@ class PathsToWeights:
                 named = [n for n, p in module.named_parameters() if id(p) in outside]
                 self._chain.break_link("norm", reason.format(names=listed(named)))
                 return
-        if is_looked_at(self._num_passes + 1):
+        if self._looks.is_due:
             self._begin()
 
     def _begin(self) -> None:
@@ -145,15 +145,16 @@ class PathsToWeights:
         if module is None:
             return
         self._since, self._ranges, self._calls = _next_number(), {}, []
+        model = _Call(ranges=[])
         for name, layer in module.named_modules():
-            if not any(map(is_hook_of_opacus, backward_hooks(layer).values())):
-                continue
             for table in (forward_pre_hooks(layer), forward_hooks(layer)):
                 remove_hooks(table, _Call)
+            if not any(map(is_hook_of_opacus, backward_hooks(layer).values())):
+                continue
             ranges: list[_Range] = []
             for parameter in layer.parameters():
                 self._ranges.setdefault(id(parameter), []).append(ranges)
-            call = _Call(self._outside, name, ranges)
+            call = _Call(self._outside, name, ranges, model)
             self._calls.append(call)
             # torch repeats the call of some layers, with the forward hooks of the user
             is_first = not has_functional_copy(layer)
@@ -161,7 +162,10 @@ class PathsToWeights:
                 layer.register_forward_pre_hook(call.begins),
                 layer.register_forward_hook(call, prepend=is_first),
             ]
-        self._handles += self._outside.begin(module)
+        self._handles += [  # the last ones, since the model itself may be a layer
+            module.register_forward_pre_hook(model.begins),
+            module.register_forward_hook(model),
+        ]
         for handle in self._handles:
             keep_handle(module, handle)
 
@@ -190,12 +194,14 @@ class PathsToWeights:
 
 
 class _Call(ReportingHook):
-    """Notes which nodes were made in a layer's ``forward``; copies of it do nothing.
+    """Notes which nodes were made in a module's ``forward``; copies of it do nothing.
 
     Args:
-        outside: As for ``ReportingHook``; is told of the call when it has ended.
-        name: The layer's.
+        outside: As for ``ReportingHook``; is told of a call that has ended, if the
+            model was not running.
+        name: The module's.
         ranges: Where the numbers of the nodes are appended.
+        model: Notes the calls of the model; None: this is it.
     """
 
     def __init__(
@@ -203,32 +209,36 @@ class _Call(ReportingHook):
         outside: OutsideCalls | None = None,
         name: str = "",
         ranges: list[_Range] | None = None,
+        model: "_Call | None" = None,
     ) -> None:
         super().__init__(outside, name)
-        self._ranges = ranges
-        self._begun: list[int] = []  # several, if a layer calls itself
+        self._ranges, self._model = ranges, model
+        # the first node of each call that has not ended, if autograd followed it;
+        # several, if a module calls itself
+        self._begun: list[int | None] = []
 
     def begins(self, *_: Any) -> None:
         """Note the number at which a call begins."""
-        if self._ranges is not None and _is_followed():
-            self._begun.append(_next_number())
+        if self._ranges is not None and not torch.compiler.is_compiling():
+            is_followed = torch.is_grad_enabled()
+            self._begun.append(_next_number() if is_followed else None)
 
     def __call__(self, layer: nn.Module, _: Any, output: Any) -> None:
         """Note that a call has ended, and report it."""
         self.ends()
-        outside = self.owner
-        if outside is not None and _is_followed():
+        outside, model = self.owner, self._model
+        if outside is None or model is None or model._begun:
+            return
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             outside.saw(self.about, layer, output)
 
     def ends(self) -> None:
         """Note the number at which the call ended."""
-        if self._ranges is not None and self._begun and _is_followed():
-            self._ranges.append((self._begun.pop(), _next_number()))
-
-
-def _is_followed() -> bool:
-    """Return whether autograd follows what is computed now, and may be asked."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if self._ranges is None or torch.compiler.is_compiling() or not self._begun:
+            return
+        first = self._begun.pop()
+        if first is not None:
+            self._ranges.append((first, _next_number()))
 
 
 def _next_number() -> int:

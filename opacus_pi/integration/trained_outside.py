@@ -40,7 +40,7 @@ from opacus_pi._torch_compat import (
     starts_of_backward,
 )
 from opacus_pi.custody import Chain
-from opacus_pi.custody.checked_updates import is_looked_at
+from opacus_pi.custody.looks import Looks
 from opacus_pi.custody.weights import is_plain, sampled_entries
 from opacus_pi.integration.held_weights import ids_held_by
 
@@ -150,7 +150,7 @@ class TrainedOutside:
         self._module: Callable[[], nn.Module | None] = weakref.ref(module)
         self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
         self._chain = chain
-        self._num_passes, self._pass = 0, -1
+        self._looks, self._pass = Looks(), -1
         self._pending: list[_Leaf] = []  # of passes that no update has used yet
         self._noted: list[_Leaf] = []
         self._is_told = False
@@ -166,8 +166,7 @@ class TrainedOutside:
         if is_second or self._is_told or present == self._pass:
             return
         self._pass = present
-        self._num_passes += 1
-        if is_looked_at(self._num_passes):
+        if self._looks.count():
             found = self._leaves()
             self._compare(found)
             if not self._is_told:

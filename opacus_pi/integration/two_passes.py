@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._torch_compat import backward_hooks, remove_hooks
 from opacus_pi.custody import Chain
-from opacus_pi.custody.checked_updates import is_looked_at
+from opacus_pi.custody.looks import Looks
 from opacus_pi.gradients.clipping.completeness import autocast_rounding
 from opacus_pi.integration.opacus_compat import (
     clipped_norms,
@@ -79,7 +79,7 @@ class TwoPasses:
         self._hooks = weakref.ref(hooks)
         self._chain, self._is_mean = chain, is_mean
         self._batch_dim = 0 if hooks.batch_first else 1
-        self._num_passes, self._rounding, self._size = 0, 0.0, 0
+        self._looks, self._rounding, self._size = Looks(), 0.0, 0
         self._found: str | None = None  # a layer whose gradients differ
         self._handles: list[RemovableHandle] = []
         self._facts: tuple[_Facts, _Facts] = (defaultdict(list), defaultdict(list))
@@ -98,7 +98,7 @@ class TwoPasses:
 
     def ended(self) -> None:
         """Compare the passes that have ended, if they were noted."""
-        self._num_passes += 1
+        self._looks.count()
         hooks = self._hooks()
         if self._handles and hooks is not None:
             for handle in self._handles:
@@ -109,7 +109,7 @@ class TwoPasses:
             if name is not None:
                 self._found = name
                 return
-        if is_looked_at(self._num_passes + 1):
+        if self._looks.is_due:
             self._begin()
 
     def report(self) -> None:

@@ -180,7 +180,7 @@ def prepared(module):
 def hooks_on_buffers(module):
     """Return the hooks before a model's passes that do not count its calls."""
     hooks = module._forward_pre_hooks.values()
-    return [hook for hook in hooks if "_Running" not in repr(hook)]
+    return [hook for hook in hooks if "_Call" not in repr(hook)]
 
 
 def test_a_model_that_is_prepared_again_has_one_hook_before_its_passes():

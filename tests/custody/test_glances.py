@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from opacus_pi.custody import checked_updates
+from opacus_pi.custody import looks
 from opacus_pi.integration import loop_loss
 from tests.custody import hidden_ids, loop_list, loop_parts, models, oracle
 from tests.custody.loops import Loop
@@ -21,8 +21,8 @@ from tests.custody.test_loop_loss import FREE, audited, losses_of, state_of_loss
 
 @pytest.fixture(autouse=True)
 def only_three_whole_comparisons(monkeypatch):
-    first = checked_updates.checked_updates
-    monkeypatch.setattr(loop_loss, "checked_updates", lambda draws: first(draws)[:3])
+    first = looks.few_updates
+    monkeypatch.setattr(loop_loss, "few_updates", lambda draws: first(draws)[:3])
 
 
 def epochs(number):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi import PrivacyEngine, Recorder
 from opacus_pi.custody.chain import Chain
-from opacus_pi.custody.checked_updates import checked_updates
+from opacus_pi.custody.looks import few_updates
 from opacus_pi.custody.model_loss import ModelLossProbe
 
 NUM_EXAMPLES, LENGTH, CLASSES = 12, 5, 4
@@ -174,7 +174,7 @@ def test_a_probe_leaves_model_gradients_and_random_state():
 
 
 def test_the_updates_rise_and_spread():
-    updates = checked_updates(random.Random(0))
+    updates = few_updates(random.Random(0))
     assert updates == sorted(updates) and len(updates) == 7
     np.testing.assert_array_equal(
         np.digitize(updates, [4, 10, 100, 1_000]), [0] * 3 + [1, 2, 3, 4]
