@@ -118,7 +118,7 @@ LOG = option(
     "deletion log of the model; made if there is none",
 )
 REQUEST_ID = option(
-    "--request-id", "NAME", "name of the request (default: a hash of the ids)"
+    "--request-id", "NAME", "name of the request (default: a random one)"
 )
 JSON = switch("--json", "print JSON instead of text")
 JSON_FILE = option(

@@ -15,10 +15,11 @@ from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.cli.errors import DONE, BadInput, about, one_line
 from opacus_pi.cli.inputs import import_train_set
 from opacus_pi.cli.output import answer, table
-from opacus_pi.cli.owners import read_request
+from opacus_pi.cli.owners import read_request, shared_text
 from opacus_pi.cli.submission import require_loggable, submit
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.unlearning.deletion_log import DeletionLog, read_entries, verify
+from opacus_pi.unlearning.history import runs_in_words
 from opacus_pi.unlearning.honouring_weights import stored_weights, weights_path_of
 from opacus_pi.unlearning.listed_requests import (
     ANY_NUMBER,
@@ -34,6 +35,12 @@ from opacus_pi.unlearning.requests import DeletionRequests, training_set_in
 
 FORMAT = "opacus_pi.cli.log.v1"
 _WRITTEN_BY = "Name what 'opacus-pi log submit' or 'opacus-pi unlearn --log' wrote."
+_NO_RUN = {
+    "forgotten by earlier runs": "nothing was run, because earlier runs had forgotten "
+    "all of its examples",
+    "in the stored weights": "the run was interrupted before the log described it. Its "
+    "weights are those beside the log; what holds for them is not in the log",
+}
 _KEEP_HEAD = (
     "Keep the head of the log elsewhere: with it, 'opacus-pi verify' finds out whether "
     "this entry or an earlier one is removed."
@@ -85,6 +92,7 @@ def _submit(options: argparse.Namespace) -> None:
             }
             for name, person in zip(names, owned or [None], strict=True)
         ],
+        "also_of": options.also_of,
         "head": requests.log.head,
     }
     key = f"{requests.log.path}.key" if owned else ""
@@ -134,6 +142,8 @@ def _submitted_text(
         )
         if row["state"] == "pending" and row["num_forgotten_before"]:
             lines.append(_overlap(row))
+    if facts["also_of"]:
+        lines.append(shared_text(facts["also_of"]))
     if any(row["state"] == "pending" for row in facts["submitted"]):
         named = "--forget-person and --owners" if key else "--forget"
         named += ", and with --only" * (options.only is not None)
@@ -169,7 +179,8 @@ def _overlap(row: Mapping[str, Any]) -> str:
     """
     number, size = row["num_forgotten_before"], len(row["indices"])
     if number < size:
-        return f"{number} of its examples were forgotten before, by earlier requests."
+        verb = "was" if number == 1 else "were"
+        return f"{number} of its examples {verb} forgotten before, by earlier requests."
     return (
         "All of its examples were forgotten before, by earlier requests: 'opacus-pi "
         "unlearn' will train nothing for it, and log that it was carried out."
@@ -233,7 +244,8 @@ def _list_text(
         parts.append(
             f"The log has no request of {options.person}. Names are stored as keyed "
             "hashes, so only exactly this spelling was looked for. Requests that named "
-            "positions (--forget), or were redacted, are of no person."
+            "positions (--forget), or were redacted, are of no person. An example of "
+            "several persons may have been forgotten by a request of another one."
         )
     parts += map(_guaranteed, facts.get("guarantees", []))
     return "\n\n".join([*parts, f"Head of the log: {facts['head']}"])
@@ -242,41 +254,74 @@ def _list_text(
 def _guarantees(path: str, row: ListedRequest) -> list[dict[str, Any]]:
     """Return what the log says about the run of a request, and about the last run.
 
-    The guarantee of the last run is about the present weights, and covers all requests
-    until then.
-
     Args:
         path: The log.
         row: A request that was not redacted.
     """
     if row.done_entry is None:
         return []
-    runs = [e for e in read_entries(path) if "guarantee" in (e.payload or {})]
-    own = [entry for entry in runs if entry.number == row.done_entry]
-    chosen = {entry.number: entry for entry in (*own, *runs[-1:])}
-    names = ("guarantee", "epsilon", "reverse_epsilon", "delta")
+    done = [
+        (e.number, e.payload)
+        for e in read_entries(path)
+        if e.kind == "done" and e.payload is not None
+    ]
+    own = [one for one in done if one[0] == row.done_entry]
+    runs = [one for one in done if "guarantee" in one[1]]
+    chosen = dict([*own, *runs[-1:], *done[-1:]])
+    rewinds = [number for number, facts in runs if _is_exact_rewind(facts)]
+    covers = bool(rewinds) and row.done_entry <= rewinds[-1]
+    names = ("guarantee", "epsilon", "reverse_epsilon", "delta", "found")
     return [
         {
-            "entry": entry.number,
-            "method": entry.payload["run"]["method"],
-            "num_updates": entry.payload["run"]["num_steps"],
-            **{name: entry.payload.get(name) for name in names},
+            "entry": number,
+            "method": _run_of(facts).get("method"),
+            "num_updates": _run_of(facts).get("num_steps"),
+            "earlier_runs": _run_of(facts).get("earlier_runs"),
+            "num_runs_between": sum(row.done_entry < n < number for n, _ in runs),
+            "stays_exact": covers and bool(_run_of(facts).get("num_forgotten_exactly")),
+            **{name: facts.get(name) for name in names},
         }
-        for entry in chosen.values()
-        if entry.payload is not None
+        for number, facts in sorted(chosen.items())
     ]
 
 
+def _run_of(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what an entry about a run says of it; empty if nothing had to be run."""
+    return facts.get("run") or {}
+
+
+def _is_exact_rewind(facts: Mapping[str, Any]) -> bool:
+    """Return whether the run of an entry forgot all examples until then exactly."""
+    return _run_of(facts).get("method") == "exact rewind"
+
+
 def _guaranteed(run: Mapping[str, Any]) -> str:
-    """Return a sentence about the guarantee of a run, as the log has it."""
+    """Return sentences about the guarantee of a run, as the log has it."""
+    if run["method"] is None:
+        return (
+            f"Entry {run['entry']}: {_NO_RUN.get(run['found'], 'no run is described')}."
+        )
+    between = run["num_runs_between"]
     start = (
-        f"Run of entry {run['entry']}: {run['method']}, {run['num_updates']} updates. "
-        f"Guarantee: {run['guarantee']}"
+        f"Run of entry {run['entry']}"
+        + f", after {between} other{'s' * (between > 1)} since" * bool(between)
+        + f": {run['method']}, {run['num_updates']} updates"
+        + (
+            f", on weights of earlier runs ({runs_in_words(run['earlier_runs'])})"
+            if run["earlier_runs"]
+            else ""
+        )
+        + f". Guarantee: {run['guarantee']}"
     )
     if run["epsilon"] is None:
-        return f"{start}; no ε is claimed."
+        exact = (
+            " But the examples of this request stay exactly forgotten (for these "
+            "alone ε = 0), by the rewind before."
+        )
+        return f"{start}; no ε is claimed.{exact * run['stays_exact']}"
+    number = f"≤ {rounded_up(run['epsilon'])}" if run["epsilon"] else "= 0"
     return (
-        f"{start}; ε ≤ {rounded_up(run['epsilon'])} at δ = {run['delta']:g}, for all "
+        f"{start}; ε {number} at δ = {run['delta']:g}, for all "
         "requests until then. Its assumptions are in the guarantee.json of the run."
     )
 
@@ -284,7 +329,7 @@ def _guaranteed(run: Mapping[str, Any]) -> str:
 def _export(options: argparse.Namespace) -> None:
     """Write the log for an auditor."""
     log, rows = _opened(options)
-    shown, kept = _entries_of(options.disclose, rows, log)
+    shown, kept = _entries_of(options, rows, log)
     with about("--out", "Name a file in a directory that can be written."):
         export_log(log, options.export_file, disclose=shown)
         found = verify_export(options.export_file)
@@ -318,12 +363,12 @@ def _kept_text(kept: Sequence[int]) -> str:
 
 
 def _entries_of(
-    names: Sequence[str], rows: Sequence[ListedRequest], log: DeletionLog
+    options: argparse.Namespace, rows: Sequence[ListedRequest], log: DeletionLog
 ) -> tuple[list[int], list[int]]:
-    """Return the entries about some requests: the request, and that it was done.
+    """Return the entries to disclose: requests, their runs, and on demand the last run.
 
     Args:
-        names: The names of the requests.
+        options: With the names of the requests, and whether to disclose the last run.
         rows: All requests of the log.
         log: The log.
 
@@ -332,11 +377,11 @@ def _entries_of(
         owner of the log only.
 
     Raises:
-        BadInput: If the log has no request of a name.
+        BadInput: If the log has no request of a name, or no run.
     """
     by_name = {row.request_id: row for row in rows if not row.redacted}
     shown: set[int] = set()
-    for name in names:
+    for name in options.disclose:
         if name not in by_name:
             raise BadInput(
                 f"--disclose: {name} is not the name of a request of this log, or it "
@@ -346,7 +391,16 @@ def _entries_of(
         shown.add(row.entry)
         if row.done_entry is not None:
             shown.add(row.done_entry)
-    kept = {e.number for e in log.entries() if is_for_owner_only(e)} & shown
+    entries = [*log.entries()]
+    if options.last_run:
+        done = [e for e in entries if e.kind == "done" and not e.redacted]
+        if not done:
+            raise BadInput(
+                "--last-run: no request of this log was carried out yet. Leave it out."
+            )
+        runs = [e.number for e in done if "guarantee" in (e.payload or {})]
+        shown |= {e.number for e in done if e.number >= (runs or [0])[-1]}
+    kept = {e.number for e in entries if is_for_owner_only(e)} & shown
     return sorted(shown - kept), sorted(kept)
 
 

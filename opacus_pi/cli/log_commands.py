@@ -104,6 +104,7 @@ head that was noted before.""",
             default=[],
             action="append",
         ),
+        switch("--last-run", "disclose the last run, too, on which the model rests"),
         JSON,
     ),
 )

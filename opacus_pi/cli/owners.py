@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from opacus_pi._printable import in_one_line
 from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.inputs import read_indices, text_of
 from opacus_pi.files.regular_file import require_readable_once
@@ -37,9 +38,13 @@ def read_request(
     Whether they are in the training set is checked where its length is known. Messages
     about positions that come from ``--owners`` name that argument from here on.
 
+    An example may be of several persons, such as a photo of two. It is forgotten when
+    one of them asks for it, and the others are named in ``options.also_of``.
+
     Args:
         options: With ``forget_indices``, ``forget_person``, ``owners`` and ``only``.
-            The parser ensures which of them are given; ``flags`` is replaced.
+            The parser ensures which of them are given; ``flags`` is replaced, and
+            ``also_of`` is set: the other persons of each example that has some.
         data_set: As in ``read_owners``.
 
     Returns:
@@ -51,6 +56,7 @@ def read_request(
             person is named twice, or ``--only`` names examples of others.
     """
     persons: list[str] = options.forget_person
+    options.also_of = {}
     if not persons:
         return read_indices(options.forget_indices, or_persons=True), {}
     if len(set(persons)) < len(persons):
@@ -68,7 +74,43 @@ def read_request(
         else flag
         for name, flag in options.flags.items()
     }
-    return np.unique(np.concatenate([*owned.values()])), owned
+    forget = np.unique(np.concatenate([*owned.values()]))
+    options.also_of = _other_owners(forget, owners, persons)
+    return forget, owned
+
+
+def _other_owners(
+    forget: NDArray[np.int64], owners: Mapping[str, list[int]], persons: list[str]
+) -> dict[int, list[str]]:
+    """Return the persons who did not ask, by example that is theirs, too.
+
+    Args:
+        forget: The examples to forget.
+        owners: The positions of every person.
+        persons: Those who ask.
+    """
+    found: dict[int, list[str]] = {}
+    for person in owners.keys() - set(persons):
+        for example in set(owners[person]).intersection(forget.tolist()):
+            found.setdefault(example, []).append(person)
+    return {example: sorted(found[example]) for example in sorted(found)}
+
+
+def shared_text(also_of: Mapping[int, list[str]]) -> str:
+    """Return the sentence about examples that are of other persons, too, or nothing.
+
+    Args:
+        also_of: As ``read_request`` sets it.
+    """
+    if not also_of:
+        return ""
+    others = sorted({person for persons in also_of.values() for person in persons})
+    examples = ", ".join(map(str, also_of))
+    return (
+        f"Also of other persons ({in_one_line(', '.join(others))}): example"
+        f"{'s' * (len(also_of) > 1)} {examples}. Forgotten means forgotten for all of "
+        "them. Their other examples stay until they ask."
+    )
 
 
 def _only(options: argparse.Namespace, owned: Owned) -> NDArray[np.int64]:

@@ -8,14 +8,15 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from opacus_pi import __version__
 from opacus_pi.cli.arguments import TRACEBACK
 from opacus_pi.cli.commands import COMMANDS
-from opacus_pi.cli.declarations import Command, NoEffect
+from opacus_pi.cli.declarations import Argument, Command, NoEffect
 from opacus_pi.cli.errors import BAD_INPUT, one_line
+from opacus_pi.cli.help_screen import one_screen
 
 _CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)$")
 # Names that the library's messages use and that are not the name of an argument here.
@@ -26,13 +27,14 @@ _OTHER_FLAGS = {
 }
 
 DESCRIPTION = """\
-Per-instance privacy accounting and machine unlearning with Opacus.
-
-Training with opacus_pi.PrivacyEngine leaves a ledger; engine.ledger.save(path)
-saves it. The commands compute the privacy loss of every example from it, plan
-and carry out unlearning, compare with retrained models, write a report. An
-import path, package.module:name, runs the module: name only code you trust."""
+Per-instance privacy accounting and machine unlearning with Opacus. A training
+with opacus_pi.PrivacyEngine leaves a ledger (engine.ledger.save). An import
+path, package.module:name, runs the module: name only code that you trust."""
 EPILOG = """\
+example: opacus-pi score ledger.safetensors
+'opacus-pi COMMAND --help' explains one command, and 'opacus-pi --help-all' the
+exit codes, with a first session."""
+MORE = """\
 exit codes:
   0    success; verify: the file is complete and unedited
   1    a failure; verify: the file is damaged or edited; audit: a check failed
@@ -46,13 +48,12 @@ a first session:
   opacus-pi plan ledger.safetensors --forget 3,17
   opacus-pi unlearn --model my_project:build --weights model.safetensors \\
       --data my_project:train_set --forget 3,17 --out forgotten
-  opacus-pi report forgotten --ledger ledger.safetensors --out report.html
-'opacus-pi COMMAND --help' explains one command."""
+  opacus-pi report forgotten --ledger ledger.safetensors --out report.html"""
 _SHAPE: dict[str, Any] = {
     "formatter_class": argparse.RawDescriptionHelpFormatter,
     "allow_abbrev": False,  # an abbreviation would break when an option is added
 }
-_CODES = "exit codes: 0 success, 1 failure, 2 bad input; see 'opacus-pi --help'"
+_CODES = "exit codes: 0 success, 1 failure, 2 bad input; see 'opacus-pi --help-all'"
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,6 +95,27 @@ class Parser(argparse.ArgumentParser):
         self.error(message)
 
 
+Text = Callable[[Parser], str]
+
+
+class _Help(argparse.Action):
+    """Print a text and exit.
+
+    Args:
+        text: Returns the text of the parser that is passed to it.
+        **options: Those of every argument.
+    """
+
+    def __init__(self, text: "Text", **options: Any) -> None:
+        self.text = text
+        super().__init__(nargs=0, **options)
+
+    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+        """Print the text, as argparse asks for when it meets the flag."""
+        sys.stdout.write(self.text(parser))
+        parser.exit()
+
+
 def _suggestion(word: str, known: Sequence[str]) -> str:
     """Return the end of a message that suggests the most similar known word.
 
@@ -117,7 +139,19 @@ def build_parser() -> Parser:
     of its own parser that reports words left over: the parser of all commands does not
     know the flags of one command.
     """
-    parser = Parser(prog="opacus-pi", description=DESCRIPTION, epilog=EPILOG, **_SHAPE)
+    parser = Parser(
+        prog="opacus-pi",
+        usage="opacus-pi COMMAND ...",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        add_help=False,  # without a line of its own
+        **_SHAPE,
+    )
+    _add_help(
+        parser,
+        lambda own: own.format_help(),
+        lambda own: f"{own.format_help()}\n{MORE}\n",
+    )
     parser.add_argument(
         "--version", action="version", version=f"opacus-pi {__version__}"
     )
@@ -138,16 +172,10 @@ def _add(commands: Any, program: str, name: str, command: Command) -> None:
     """
     sub = commands.add_parser(
         name,
-        prog=f"{program} {name}",
-        add_help=False,  # declared below, without a line of its own
         help=command.summary,
-        usage=f"{program} {name} {command.usage}",
-        description=command.description,
-        epilog=f"examples:\n{command.examples}\n{_CODES}",
-        **_SHAPE,
+        **_texts(f"{program} {name}", command, f"examples:\n{command.examples}"),
     )
-    shown = "show this text" if command.actions else argparse.SUPPRESS
-    sub.add_argument("-h", "--help", action="help", help=shown)
+    _add_help(sub, _screen_of(command), lambda own: own.format_help())
     if command.actions:
         actions = sub.add_subparsers(
             metavar="ACTION",
@@ -159,7 +187,7 @@ def _add(commands: Any, program: str, name: str, command: Command) -> None:
             _add(actions, sub.prog, action, declared)
         flags: dict[str, str] = {}
     else:
-        flags = _add_arguments(sub, command)
+        flags = _add_arguments(sub, (*command.arguments, TRACEBACK))
     sub.set_defaults(
         refuse=sub.refuse,
         error=sub.error,
@@ -169,14 +197,69 @@ def _add(commands: Any, program: str, name: str, command: Command) -> None:
     )
 
 
-def _add_arguments(sub: Parser, command: Command) -> dict[str, str]:
+def _texts(program: str, command: Command, last: str) -> dict[str, Any]:
+    """Return the texts of a command's parser, and its shape.
+
+    Args:
+        program: The words that call the command.
+        command: Its declaration.
+        last: The last paragraph of its help.
+    """
+    return {
+        "prog": program,
+        "add_help": False,  # without a line of its own
+        "usage": f"{program} {command.usage}",
+        "description": command.description,
+        "epilog": f"{last}\n{_CODES}",
+        **_SHAPE,
+    }
+
+
+def _add_help(parser: Parser, screen: Text, everything: Text) -> None:
+    """Add the two helps of a parser.
+
+    Args:
+        parser: The parser.
+        screen: Returns the help on one screen.
+        everything: Returns the help with every argument.
+    """
+    for flags, text in ((("-h", "--help"), screen), (("--help-all",), everything)):
+        parser.add_argument(
+            *flags,
+            action=_Help,
+            text=text,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
+
+
+def _screen_of(command: Command) -> Text:
+    """Return a function from a command's parser to its help on one screen.
+
+    Args:
+        command: Its declaration.
+    """
+
+    def screen(parser: Parser) -> str:
+        def formatted(arguments: Sequence[Argument], last: str) -> str:
+            shown = Parser(**_texts(parser.prog, command, last))
+            _add_arguments(shown, arguments)
+            return shown.format_help()
+
+        if command.actions:
+            return parser.format_help()
+        return one_screen(parser.prog, command, formatted)
+
+    return screen
+
+
+def _add_arguments(sub: Parser, declarations: Sequence[Argument]) -> dict[str, str]:
     """Add the arguments of a command; return their names as the user writes them.
 
     Args:
         sub: The command's parser.
-        command: Its declaration.
+        declarations: The arguments.
     """
-    declarations = (*command.arguments, TRACEBACK)
     places: dict[bool, Any] = {False: sub}
     if any(declared.is_choice for declared in declarations):
         places[True] = sub.add_mutually_exclusive_group(required=True)

@@ -26,7 +26,7 @@ from opacus_pi.cli.inputs import (
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer
-from opacus_pi.cli.owners import read_request
+from opacus_pi.cli.owners import read_request, shared_text
 from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.recording.checkpoints import Checkpoints
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         past_runs=_past_runs(options.past),
         batch_size=options.batch_size,
         forgotten_before=log.forgotten,
-    )
+    ).after(log.history, log.forgotten_exactly)
     # With a rewind, what fine-tuning could claim is only wanted if it was named.
     if options.model is not None and (options.method or not going_back):
         guarantee = claim(
@@ -74,11 +74,13 @@ def run(options: argparse.Namespace) -> int:
         )
         plan = plan.claiming(guarantee)
     if going_back:
-        exactly = log.forgotten_exactly
-        rewind = _rewind(options, runs, plan, exactly, **going_back)
+        rewind = _rewind(options, runs, plan, log, **going_back)
         plan = replace(plan, rewind=rewind)
     facts = {**_facts(plan, options.delta), "pending": _pending(log)}
-    text = f"{_of_log(options.log, named, log)}{plan.text(options.delta)}"
+    facts["also_of"] = options.also_of
+    shared = shared_text(options.also_of)
+    start = f"{shared}\n" * bool(shared) + _of_log(options.log, named, log)
+    text = f"{start}{plan.text(options.delta)}"
     answer(options, facts, text)
     return 0
 
@@ -126,7 +128,7 @@ def _rewind(
     options: argparse.Namespace,
     runs: Sequence[GradNormLedger],
     plan: Plan,
-    exactly: NDArray[np.int64],
+    log: NextRun,
     *,
     checkpoints: Checkpoints,
     deletion_policy: DeletionPolicy | None,
@@ -137,11 +139,13 @@ def _rewind(
         options: The parsed arguments, with a model.
         runs: The ledger of the training, and no other.
         plan: Has the examples to forget, and those that were forgotten before.
-        exactly: Those of them that an exact rewind has forgotten.
+        log: Knows which of them an exact rewind has forgotten, and the weights from
+            which the run starts.
         checkpoints: The saved states of the training.
         deletion_policy: Its policy; None: an exact rewind.
 
     Raises:
+        BadInput: If the trained model would be kept, but the log has other weights.
         ValueError: If the states are those of another run, or none is from before the
             first use of the examples.
     """
@@ -155,7 +159,18 @@ def _rewind(
     size = training.record.num_examples
     distinct_indices("forget_indices", plan.forget, size)
     require_rest(size - len(np.union1d(plan.forget, plan.forgotten_before)), size)
-    return training.plan(plan.forget, plan.forgotten_before, deletion_policy, exactly)
+    training.require_architecture()
+    found = training.plan(
+        plan.forget, plan.forgotten_before, deletion_policy, log.forgotten_exactly
+    )
+    if found.is_free and log.history.left not in ("", checkpoints.record.weights):
+        raise BadInput(
+            f"--log: for this request nothing would have to be trained again, but the "
+            f"weights beside {options.log} are not those that the training left, and "
+            "'opacus-pi unlearn' refuses to keep them. Leave out --policy: an exact "
+            "rewind starts from a saved state, whatever the weights are."
+        )
+    return found
 
 
 def _next_run(log: str | None, ledger: GradNormLedger) -> NextRun:
@@ -215,6 +230,8 @@ def _facts(plan: Plan, delta: float) -> dict[str, object]:
         "num_forget": len(plan.forget),
         "num_retain": plan.num_retain,
         "num_forgotten_before": len(plan.forgotten_before),
+        "earlier_runs": plan.earlier_runs,
+        "num_forgotten_exactly": plan.num_forgotten_exactly,
         "order": plan.order,
         "mean_loss": plan.mean_loss,
         "percentile": plan.percentile,

@@ -217,11 +217,21 @@ def _headline(scores: Scores) -> str:
     return (
         f"{about}, ε at δ = {scores.delta:g} (estimates).\n"
         f"Worst case (bound for any example): loss {rounded_up(scores.worst_case_loss)}"
-        f", ε {rounded_up(scores.worst_case_epsilon)}."
+        f", ε {rounded_up(scores.worst_case_epsilon)}{_composed(scores)}."
         + (f"\n{scores.large_delta}" if scores.large_delta else "")
         + _rounding(scores)
         + _not_checked(scores)
     )
+
+
+def _composed(scores: Scores) -> str:
+    """Return the smaller bound on ε that needs no conversion; empty if there is none.
+
+    The ε of the examples are converted, so the converted bound stands beside them.
+    """
+    if scores.composed_worst_case >= scores.worst_case_epsilon:
+        return ""
+    return f" ({rounded_up(scores.composed_worst_case)} by numerical composition)"
 
 
 def _rounding(scores: Scores) -> str:

@@ -5,8 +5,6 @@ one command entered is the one that the other carries out: the same examples, or
 same person, get the same name.
 """
 
-import hashlib
-import json
 import secrets
 
 import numpy as np
@@ -15,6 +13,8 @@ from numpy.typing import NDArray
 from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.owners import Owned
 from opacus_pi.unlearning.requests import DeletionRequests
+
+_OF_POSITIONS = "ids-"  # begins the name of a request that was given none
 
 
 def require_loggable(persons: list[str], request_id: str | None) -> None:
@@ -66,9 +66,30 @@ def submit(
             _submit_for(requests, person, examples, request_id)
             for person, examples in owned.items()
         ]
-    name = request_id or _name_of(forget)
+    name = request_id or _earlier(requests, forget) or _random_name(_OF_POSITIONS)
     requests.submit(name, indices=forget)
     return [name]
+
+
+def _earlier(requests: DeletionRequests, forget: NDArray[np.int64]) -> str | None:
+    """Return the name of an earlier request that was given none, for these examples.
+
+    So the same command, repeated after a crash, does not enter a second request. The
+    name itself is random: anyone could guess the examples of a hash, and try it.
+
+    Args:
+        requests: The requests of the log.
+        forget: The examples that the command names.
+    """
+    examples = tuple(sorted(forget.tolist()))
+    known = (request for request in requests.submitted if request.indices == examples)
+    names = (request.request_id for request in known)
+    return next((name for name in names if name.startswith(_OF_POSITIONS)), None)
+
+
+def _random_name(start: str) -> str:
+    """Return a name that says nothing of the examples or the person."""
+    return f"{start}{secrets.token_hex(8)}"
 
 
 def _submit_for(
@@ -100,7 +121,7 @@ def _submit_for(
     earlier = [r for r in requests.submitted_by(person) if r.indices == examples]
     if request_id is None and earlier:
         return earlier[0].request_id
-    name = request_id or f"person-{secrets.token_hex(8)}"
+    name = request_id or _random_name("person-")
     request = requests.submit(name, user=person)
     if request not in requests.submitted_by(person):
         raise BadInput(
@@ -108,13 +129,3 @@ def _submit_for(
             "another name."
         )
     return name
-
-
-def _name_of(forget: NDArray[np.int64]) -> str:
-    """Return a name computed from the ids, for a request that was given none.
-
-    Equal ids give the same name, so that the same command, repeated after a crash, does
-    not enter a second request.
-    """
-    ids = json.dumps(sorted(forget.ravel().tolist())).encode()
-    return f"ids-{hashlib.sha256(ids).hexdigest()[:16]}"

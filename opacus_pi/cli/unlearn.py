@@ -43,7 +43,7 @@ from opacus_pi.cli.inputs import (
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer, table
-from opacus_pi.cli.owners import Owned, read_request
+from opacus_pi.cli.owners import Owned, read_request, shared_text
 from opacus_pi.cli.recorded_weights import (
     require_ledgers_of,
     require_recorded_weights,
@@ -131,6 +131,7 @@ def run(options: argparse.Namespace) -> int:
     facts = {"format": "opacus_pi.cli.unlearn.v1", "out": options.out, **request}
     facts |= _run_facts(result, options.delta, len(train_set))
     facts["num_erased"] = len(erased_in(train_set))
+    facts["also_of"] = options.also_of
     answer(options, facts, _text(facts, result))
     return 0
 
@@ -396,6 +397,8 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
         f"{_forgot(other['num_forget'], other['method'], other['num_steps'])}."
         for other in facts.get("also_carried_out", [])
     ]
+    if facts["also_of"]:
+        parts.append(shared_text(facts["also_of"]))
     if facts["num_erased"]:
         parts.insert(0, _erased(facts["num_erased"]))
     if result is None:

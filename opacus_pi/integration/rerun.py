@@ -30,7 +30,7 @@ from opacus_pi.ledger.participation_record import ParticipationRecord
 from opacus_pi.models.batches import forward, inputs_and_targets, size_of, to_device
 from opacus_pi.models.collating import Collating
 
-__all__ = ["Rerun", "require_repeatable"]
+__all__ = ["Rerun", "require_architecture", "require_repeatable"]
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 Update = Callable[[nn.Module, Optimizer, Any], None]
@@ -102,7 +102,8 @@ class Rerun:
     # ---------------------------------------------------------------------- preparation
     def _restored_optimizer(self) -> Optimizer:
         """Load the state into the model, and return an optimizer in its state."""
-        _load_weights(self.model, self.state["model"])
+        require_architecture(self.model, self.state)
+        self.model.load_state_dict(self.state["model"])
         modules = dict(self.model.named_modules())
         self.model.train()
         for name in self.state["evaluating"]:
@@ -335,16 +336,22 @@ def require_flat_clipping(state: Mapping[str, Any]) -> None:
     )
 
 
-def _load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Load the weights and buffers of a state into a model."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        found = _first_difference(model.state_dict(), weights) or str(error)
-        raise ValueError(
-            f"model: its tensors are not those of the saved state: {found}. "
-            f"{_SAME_MODEL}"
-        ) from error
+def require_architecture(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse a model that does not have the tensors of a run's model.
+
+    Args:
+        model: A plain module; only the names and shapes of its tensors count.
+        state: Any state of the run.
+
+    Raises:
+        ValueError: If a tensor is missing or has another shape.
+    """
+    found = _first_difference(model.state_dict(), state["model"])
+    require(
+        not found,
+        f"model: its tensors are not those of the saved state: {found}.",
+        _SAME_MODEL,
+    )
 
 
 def _first_difference(own: Mapping[str, Any], saved: Mapping[str, Any]) -> str:

@@ -169,7 +169,8 @@ def _card(facts: Facts) -> dict[str, str]:
     """
     run = facts.get("unlearning")
     if run is None:
-        epsilon = facts["worst_case_epsilon"]
+        bounds = (facts["worst_case_epsilon"], facts["composed_worst_case"])
+        epsilon = min((b for b in bounds if b is not None), key=float, default=None)
         bound = "none: the noise is an assumption"
         if epsilon is not None:
             bound = f"ε ≤ {_bound(epsilon)} at δ = {facts['delta']:g}"

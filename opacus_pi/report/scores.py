@@ -31,6 +31,7 @@ from opacus_pi.accounting import (
     worst_case_loss,
 )
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
+from opacus_pi.accounting.composed_epsilon import composed_worst_case
 from opacus_pi.accounting.conversion import check_delta, large_delta
 from opacus_pi.accounting.epsilon import default_tolerance, losses_and_epsilons
 from opacus_pi.accounting.guarantee import Assumption, rounded_up
@@ -43,7 +44,7 @@ from opacus_pi.difficulty.forget_sets import (
     ties,
 )
 from opacus_pi.ledger.custody import Link, unchecked_in
-from opacus_pi.ledger.grad_norm_ledger import runs_of
+from opacus_pi.ledger.grad_norm_ledger import joint_mechanism, runs_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,13 +71,17 @@ class Scores(Shown):
             the noise was assumed.
         worst_case_loss: Bound on the loss of any example, in nats; ``inf`` if there is
             none.
-        worst_case_epsilon: Bound on the ε of any example; ``inf`` if there is none.
+        worst_case_epsilon: Bound on the ε of any example, converted from Rényi
+            divergences as the epsilons are; ``inf`` if there is none.
         assumptions: The assumptions of ε, met or not.
         unchecked_links: The links of the chain of custody that were not checked,
             although the numbers depend on them.
         tolerance: By how much losses and epsilons may be rounded up, relative.
         observed: The run whose draws limit the epsilons, an observed one; None: there
             is no such limit.
+        composed_worst_case: ``worst_case_epsilon`` by numerical composition, without a
+            conversion. Compare only numerically composed epsilons with it; ``inf`` if
+            there is none.
     """
 
     _note: ClassVar[str] = "sensitive: it shows which examples are unusual"
@@ -92,6 +97,7 @@ class Scores(Shown):
     unchecked_links: tuple[Link, ...] = ()
     tolerance: float = 0.0
     observed: GradNormLedger | None = field(default=None, repr=False, compare=False)
+    composed_worst_case: float = math.inf
 
     def _shown(self) -> dict[str, Any]:
         return {
@@ -265,6 +271,7 @@ class Scores(Shown):
             "large_delta": self.large_delta,
             "worst_case_loss": self.worst_case_loss,
             "worst_case_epsilon": self.worst_case_epsilon,
+            "composed_worst_case": self.composed_worst_case,
             "num_at_bound": self.num_at_bound,
             "num_at_top": self.num_at_top,
             "quantiles": self.quantiles(),
@@ -331,6 +338,11 @@ def score(
         losses, own = losses_and_epsilons(runs, order, delta, tolerance=tolerance)
     assumptions = training_assumptions(runs)
     mechanism = runs[0].mechanism
+    bounds = math.inf, math.inf
+    if assumptions[0].met:
+        joint, steps = joint_mechanism(runs), runs[0].steps
+        composed = composed_worst_case(joint, delta, steps=steps)
+        bounds = training_epsilon(runs, 1, delta), composed
     return Scores(
         order=float(order),
         delta=float(delta),
@@ -340,9 +352,8 @@ def score(
         worst_case_loss=math.inf
         if mechanism.assumed_noise
         else worst_case_loss(mechanism, order, steps=runs[0].steps),
-        worst_case_epsilon=training_epsilon(runs, 1, delta)
-        if assumptions[0].met
-        else math.inf,
+        worst_case_epsilon=bounds[0],
+        composed_worst_case=bounds[1],
         assumptions=assumptions,
         tolerance=tolerance,
         unchecked_links=unchecked_in([run.custody for run in runs]),

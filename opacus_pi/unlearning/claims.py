@@ -16,11 +16,10 @@ such as that nothing else was released, must be declared by the user; the guaran
 kind then says so.
 """
 
-import json
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +45,6 @@ from opacus_pi.accounting.training_bound import (
     sampling_known,
     worst_case_curve,
 )
-from opacus_pi.files.plain_json import plain_json
 from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.custody import CHANGED_DIVISOR, LINKS
 from opacus_pi.ledger.grad_norm_ledger import (
@@ -55,7 +53,8 @@ from opacus_pi.ledger.grad_norm_ledger import (
     require_alike,
 )
 from opacus_pi.models.weights_name import weights_name
-from opacus_pi.unlearning.loop import StopRule, stop_rule
+from opacus_pi.unlearning.history import History
+from opacus_pi.unlearning.loop import StopRule
 from opacus_pi.unlearning.methods import FineTune, L1Sparse, Langevin, Method
 from opacus_pi.unlearning.same_training_data import same_data
 
@@ -84,155 +83,13 @@ class EngineFacts:
     data_set: str | None = None
 
 
-@dataclass(frozen=True)
-class History:
-    """The runs that a model went through, as far as a guarantee depends on them.
-
-    A run that used the forget set, or that an evaluation could end early, weakens every
-    later claim about the model, by whatever method the next run is. So does a run that
-    was fine-tuned on an example that is to be forgotten now.
-
-    >>> from opacus_pi.unlearning.methods import FineTune
-    >>> History().after(FineTune(), None)
-    History(stop=None, looked='', updated=False, num_used=0, trained='', left='')
-
-    Args:
-        stop: The rule that could have ended one of them early, or None.
-        looked: Why a run may have used the forget set, as evidence for the reader;
-            empty if no run did.
-        updated: Whether a run changed the weights, and so was fine-tuned on all
-            examples that were not forgotten before that run.
-        num_used: How many of the forgotten examples an earlier run was fine-tuned on,
-            because they were requested later.
-        trained: Name of the weights from which the first run started; empty: no run,
-            or a rewind came before it, which starts from a saved state.
-        left: Name of the weights that the last run left; empty if there was no run, or
-            it did not end.
-    """
-
-    stop: StopRule | None = None
-    looked: str = ""
-    updated: bool = False
-    num_used: int = 0
-    trained: str = ""
-    left: str = ""
-
-    @property
-    def rewound(self) -> bool:
-        """Whether a rewind left the present weights, and no run changed them since."""
-        return self.began_with_rewind and not self.updated
-
-    @property
-    def began_with_rewind(self) -> bool:
-        """Whether the runs are those since a rewind."""
-        return bool(self.left) and not self.trained
-
-    def after(self, method: Method, stop: StopRule | None) -> "History":
-        """Return the history with one more run.
-
-        Args:
-            method: The method of that run.
-            stop: The rule that could end it early, or None.
-        """
-        looks = f"{type(method).__name__} uses it" if method.needs_forget_set else ""
-        return replace(self, stop=stop or self.stop, looked=looks or self.looked)
-
-    def used(self, num_fresh: int) -> int:
-        """Return how many examples earlier runs used, once more are forgotten.
-
-        Args:
-            num_fresh: How many examples are to be forgotten for the first time.
-        """
-        return self.num_used + (num_fresh if self.updated else 0)
-
-    def begun(self, trained: str, num_fresh: int, *, updates: bool) -> "History":
-        """Return the history of a model that a run is about to change.
-
-        Args:
-            trained: Name of the weights that the run starts from.
-            num_fresh: How many examples it forgets for the first time.
-            updates: Whether it makes any update.
-        """
-        return replace(
-            self,
-            updated=self.updated or updates,
-            num_used=self.used(num_fresh),
-            trained=self.trained or ("" if self.left or self.updated else trained),
-            left="",
-        )
-
-    def ended(self, left: str) -> "History":
-        """Return the history after a run has ended.
-
-        Args:
-            left: Name of the weights that it left.
-        """
-        return replace(self, left=left)
-
-    def joined(self, other: "History") -> "History":
-        """Return the history of a model that went through the runs of both.
-
-        Args:
-            other: The other history. Where both name a rule or a reason, the other's is
-                kept: one of them is enough to weaken the claim. The model has the
-                weights that the other left.
-        """
-        return History(
-            other.stop or self.stop,
-            other.looked or self.looked,
-            self.updated or other.updated,
-            max(self.num_used, other.num_used),
-            self.trained or other.trained,
-            other.left,
-        )
-
-    @property
-    def text(self) -> str:
-        """Return the history as JSON."""
-        return json.dumps(asdict(self))
-
-
-UNKNOWN = History(looked="an earlier run is not described", updated=True)
-
-
-def history_from_json(text: str | None) -> History | None:
-    """Read a history from the JSON in ``History.text``.
-
-    Weights files of earlier releases contain no history, or one that does not say which
-    examples the runs were fine-tuned on. Their runs may have used the forget set, so no
-    number is claimed with what is returned.
-
-    Args:
-        text: The JSON text, or None if the weights file has none.
-
-    Returns:
-        The history, or None if the text is not one: the file is damaged.
-    """
-    if text is None:
-        return UNKNOWN
-    try:
-        found: dict[str, Any] = plain_json(text)
-        stop = found["stop"]
-        rule = None if stop is None else stop_rule(stop)
-        if "num_used" not in found:
-            why = found["looked"] or UNKNOWN.looked
-            found = {"looked": why, "updated": True}
-        history = History(**{**found, "stop": rule})
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    texts = (history.looked, history.trained, history.left)
-    fine = all(isinstance(text, str) for text in texts)
-    fine = fine and type(history.updated) is bool and type(history.num_used) is int
-    return history if fine else None
-
-
 _NO_RUNS = History()
 _NO_FACTS = EngineFacts()
 _NO_EXAMPLES = np.empty(0, dtype=np.int64)
 _BLIND = (FineTune, Langevin, L1Sparse)  # their code reads the retain loader only
 _REWOUND = (
-    "a rewind trained the model again, so the training says nothing about it. Carry "
-    "out this request by a rewind, too"
+    "they come from a rewind, or from runs after one, so the training says nothing "
+    "about them. Carry out this request by a rewind, too"
 )
 _OF_THE_SET = "the forget set was not chosen by looking at the trained model"
 
@@ -493,11 +350,12 @@ def _never_used_before(history: History, num_fresh: int) -> Assumption:
     used = history.used(num_fresh)
     return observed(
         "no earlier run was fine-tuned on the forget set",
-        f"{used} of the forgotten examples were in the retain set of an earlier run. "
+        f"{used} of the forgotten examples {'was' if used == 1 else 'were'} in the "
+        "retain set of an earlier run. "
         "For a bound, make an exact rewind, or forget all requested sets in one run "
         "that starts from the trained model (with a deletion log: a new log)"
         if used
-        else "earlier runs were rewinds"
+        else "the last run was a rewind, which starts from a saved state"
         if history.rewound
         else "no earlier run changed the weights"
         if not history.updated

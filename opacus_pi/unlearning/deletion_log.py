@@ -167,7 +167,8 @@ class DeletionLog:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        # A process may change its directory; the key and the weights are beside it.
+        self.path = Path(os.path.abspath(path))
         if not os.path.lexists(self.path):
             put_new_file(self.path, write_new)
         with _connected(self.path, "rw") as connection:

@@ -37,6 +37,7 @@ from opacus_pi.files.kinds import DELETION_STATEMENT
 from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.strict_json import json_text
+from opacus_pi.unlearning.history import runs_in_words
 from opacus_pi.unlearning.honouring_weights import sha256_of
 from opacus_pi.unlearning.unlearner import UnlearningResult
 
@@ -67,6 +68,11 @@ class DeletionStatement(Shown):
         weights: SHA-256 of the weights by name and value, as
             ``record["unlearned_weights"]`` and the deletion log name them.
         weights_file: SHA-256 of the file of the weights; empty if no file is named.
+        earlier_runs: The runs that the model went through before this one, as
+            ``record["earlier_runs"]`` names them: what was run, and how many times in a
+            row. Empty if there were none that count, or they are not known.
+        num_forgotten_exactly: If there were, how many of the examples a rewind forgot
+            exactly and no run has used since.
 
     Raises:
         ValueError: If δ is outside (0, 1), or the guarantee has an estimate.
@@ -79,6 +85,8 @@ class DeletionStatement(Shown):
     num_forgotten: int = 0
     weights: str = ""
     weights_file: str = ""
+    earlier_runs: tuple[tuple[str, int], ...] = ()
+    num_forgotten_exactly: int = 0
 
     def __post_init__(self) -> None:
         check_delta(self.delta)
@@ -96,6 +104,12 @@ class DeletionStatement(Shown):
 
     def facts(self) -> dict[str, Any]:
         """Return the statement as JSON facts; how-to/regulator.md lists the keys."""
+        sequence: dict[str, Any] = {}
+        if self.earlier_runs:
+            sequence = {
+                "earlier_runs": [list(run) for run in self.earlier_runs],
+                "num_forgotten_exactly": self.num_forgotten_exactly,
+            }
         least = self.guarantee.least_order(self.delta)
         order, divergence = (None, None) if least is None else least
         return {
@@ -103,6 +117,7 @@ class DeletionStatement(Shown):
             "requests": list(self.requests),
             "finished": self.finished,
             "num_forgotten": self.num_forgotten,
+            **sequence,
             "weights": self.weights,
             "weights_file": self.weights_file,
             "kind": self.guarantee.kind,
@@ -141,6 +156,8 @@ class DeletionStatement(Shown):
                 int(content["num_forgotten"]),
                 str(content["weights"]),
                 str(content["weights_file"]),
+                tuple((str(a), int(b)) for a, b in content.get("earlier_runs", ())),
+                int(content.get("num_forgotten_exactly", 0)),
             )
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
@@ -188,11 +205,25 @@ class DeletionStatement(Shown):
             else "Statement about a deletion that is in no deletion log.",
             f"{ended}The model was to forget {size}, those of earlier requests "
             "included.",
+            *self._of_earlier_runs(),
         ]
         for what, digest in (("file", self.weights_file), ("weights", self.weights)):
             if digest:
                 lines.append(f"SHA-256 of the model's {what}: {in_one_line(digest)}")
         return "\n".join(lines)
+
+    def _of_earlier_runs(self) -> list[str]:
+        """Return which runs came before, and what still holds of a rewind."""
+        if not self.earlier_runs:
+            return []
+        runs = in_one_line(runs_in_words(self.earlier_runs))
+        number = self.num_forgotten_exactly
+        exact = (
+            f" {number} of the examples {'was' if number == 1 else 'were'} forgotten "
+            "exactly by the rewind, and no run has used them since: for these alone "
+            "ε = 0, on the conditions in the statement about that rewind."
+        )
+        return [f"Earlier runs of this model: {runs}.{exact * bool(number)}"]
 
     def _claim(self) -> str:
         """Return what is claimed, in words and numbers, and on what it rests."""
@@ -249,6 +280,7 @@ def deletion_statement(
         *record.get("forget_indices", ()),
         *record.get("forgotten_before", ()),
     )
+    runs = tuple((what, number) for what, number in record.get("earlier_runs") or ())
     return DeletionStatement(
         result.guarantee.without_estimates(),
         delta,
@@ -257,4 +289,6 @@ def deletion_statement(
         len(set(examples)),
         record.get("unlearned_weights", ""),
         "" if weights_path is None else sha256_of(Path(weights_path)),
+        runs,
+        len(record.get("forgotten_exactly", ())) if runs else 0,
     )

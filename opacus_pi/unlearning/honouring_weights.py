@@ -24,7 +24,7 @@ from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.models.weights_name import weights_name
-from opacus_pi.unlearning.claims import History, history_from_json
+from opacus_pi.unlearning.history import History, history_from_json
 from opacus_pi.unlearning.unlearner import Unlearner
 
 

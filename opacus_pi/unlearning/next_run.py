@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._validate import require
-from opacus_pi.unlearning.claims import History
+from opacus_pi.unlearning.history import History
 from opacus_pi.unlearning.honouring_weights import weights_path_of
 from opacus_pi.unlearning.requests import DeletionRequest, requests_with_weights
 

@@ -25,6 +25,7 @@ from opacus_pi.accounting.conversion import large_delta
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.difficulty.forget_sets import ties
 from opacus_pi.ledger.grad_norm_ledger import columns_of
+from opacus_pi.unlearning.history import History, Runs, runs_in_words
 from opacus_pi.unlearning.rewind import RewindPlan
 
 PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
@@ -62,6 +63,10 @@ class Plan(Shown):
         rewind: How far back a rewind goes for the set, and what it costs and proves;
             None if no saved states were named.
         delta: δ of the guarantee's ε in the printed plan.
+        earlier_runs: The runs of the weights from which the run starts, as in
+            ``record["earlier_runs"]``; None: not known.
+        num_forgotten_exactly: How many of ``forgotten_before`` a rewind forgot exactly
+            and no run has used since.
     """
 
     _note: ClassVar[str] = "print it to read the difficulty, which is sensitive"
@@ -83,6 +88,8 @@ class Plan(Shown):
     )
     rewind: RewindPlan | None = None
     delta: float = 1e-5
+    earlier_runs: Runs | None = ()
+    num_forgotten_exactly: int = 0
 
     def _shown(self) -> dict[str, Any]:
         return {
@@ -156,7 +163,7 @@ class Plan(Shown):
         )
         return (
             f"Examples to forget: {len(self.forget)}, to keep: {self.num_retain}.\n"
-            f"{self._before()}{self._by_rewind(delta)}"
+            f"{self._before()}{self._sequence()}{self._by_rewind(delta)}"
             f"Mean privacy loss {self.mean_loss:.4g} at order {self.order:g}, "
             f"{self._place()}{ranking}.\n{tied}{self._steps()}"
             f"{self._claim(delta)}{self._limits(delta)}"
@@ -211,6 +218,36 @@ class Plan(Shown):
             "What may be claimed afterwards depends on the unlearning method and on "
             "the model, which were not named."
         )
+
+    def _sequence(self) -> str:
+        """Return the line about earlier runs; empty if there were none."""
+        if self.earlier_runs is None:
+            return (
+                "Which runs led to the weights is not known: an earlier release wrote "
+                "them, or they were changed between two runs.\n"
+            )
+        if not self.earlier_runs:
+            return ""
+        number = self.num_forgotten_exactly
+        exact = (
+            f" {number} of the examples forgotten before "
+            f"{'is' if number == 1 else 'are'} still forgotten exactly (for these "
+            "alone ε = 0), by the rewind."
+        )
+        return (
+            f"Earlier runs of these weights: {runs_in_words(self.earlier_runs)}."
+            f"{exact * bool(number)}\n"
+        )
+
+    def after(self, history: History, forgotten_exactly: NDArray[np.int64]) -> "Plan":
+        """Return a copy of the plan that says which runs came before.
+
+        Args:
+            history: The runs of the weights from which the run starts.
+            forgotten_exactly: The examples that an exact rewind has forgotten.
+        """
+        number = len(forgotten_exactly) if history.keeps_exact else 0
+        return replace(self, earlier_runs=history.runs, num_forgotten_exactly=number)
 
     def _before(self) -> str:
         """Return the line about what was forgotten before; empty if nothing was.

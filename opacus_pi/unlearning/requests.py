@@ -74,6 +74,7 @@ __all__ = [
 _LISTS_OF_EXAMPLES = {
     "forget_indices": "num_forget",
     "forgotten_before": "num_forgotten_before",
+    "forgotten_exactly": "num_forgotten_exactly",
 }
 # Of a record, for the owner alone: with the seed of a run, and the data that it used,
 # its noise and its updates can be computed again.
@@ -168,7 +169,7 @@ class DeletionRequests(Shown):
         # Of a link, the files beside the log itself count.
         place = os.path.realpath(path) if os.path.exists(path) else path
         self.log = DeletionLog(place)
-        self.weights_path = weights_path_of(place)
+        self.weights_path = weights_path_of(self.log.path)
         self.num_examples = num_examples
         self.rows_of = rows_of or {}
         self.data_set = data_set
@@ -252,6 +253,12 @@ class DeletionRequests(Shown):
     def pending(self) -> list[DeletionRequest]:
         """Requests that are not yet done, oldest first."""
         return [*self._requests().pending.values()]
+
+    @property
+    def submitted(self) -> list[DeletionRequest]:
+        """All requests that were not redacted, oldest first."""
+        found = self._requests().submitted.values()
+        return [request for request in found if request is not None]
 
     def submitted_by(self, user: str | int) -> list[DeletionRequest]:
         """Return the requests of a user that were not redacted, oldest first.
@@ -726,12 +733,13 @@ def remaining_by_log(path: str | os.PathLike[str]) -> list[Remaining]:
         FileNotFoundError: If there is no such log.
         ValueError: If the log or the weights are damaged.
     """
-    entries = [*read_entries(path)]
+    place = os.path.realpath(path)  # the weights are beside the log, not beside a link
+    entries = [*read_entries(place)]
     size = num_examples_in(entries)
     if size is None:
         return []
     requests_of(entries, size)  # refuses entries that no DeletionRequests wrote
-    stored = stored_weights(weights_path_of(path), size).forgotten
+    stored = stored_weights(weights_path_of(place), size).forgotten
     return remaining_in(entries, stored)
 
 

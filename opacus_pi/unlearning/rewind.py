@@ -56,6 +56,7 @@ from opacus_pi.integration.rerun import (
     MakeOptimizer,
     Rerun,
     Update,
+    require_architecture,
     require_flat_clipping,
     require_repeatable,
 )
@@ -176,7 +177,10 @@ class RewindPlan:
                 "updates and has ε = 0."
             )
         if self.is_free:
-            return f"The trained model can be kept: nothing is trained again.{better}"
+            return (
+                "The trained model can be kept: nothing is trained again. (A model "
+                f"with other weights than the training left is refused.){better}"
+            )
         return (
             f"Go back to the state after update {self.start} of {self.num_steps} "
             f"({self.num_bytes} bytes) and make {self.num_updates} "
@@ -391,6 +395,15 @@ class RecordedTraining:
             "Pass the checkpoints of this run.",
         )
         return cls(model, ledger, states, record, engine_facts, has_weights)
+
+    def require_architecture(self) -> None:
+        """Refuse a model that no saved state fits, before a rewind of it is planned.
+
+        Raises:
+            ValueError: If its tensors are not those of the training.
+        """
+        if self.states.steps:
+            require_architecture(self.model, self.states.load(self.states.steps[0]))
 
     def start(self, gone: NDArray[np.int64], policy: DeletionPolicy | None) -> int:
         """Return after which update these examples must be left out.

@@ -52,12 +52,12 @@ from opacus_pi.recording.random_states import RandomStates
 from opacus_pi.unlearning.callbacks import Callback
 from opacus_pi.unlearning.claims import (
     EngineFacts,
-    History,
     Ledgers,
     claim,
     left_other_weights,
     runs_in,
 )
+from opacus_pi.unlearning.history import History, Runs
 from opacus_pi.unlearning.loop import (
     MakeOptimizer,
     MakeScheduler,
@@ -325,13 +325,14 @@ class Unlearner:
             warn_of_large_delta(delta, len(gone) + len(retain))
         history = self.history.after(self.method, stop)
         with watch.all_or_nothing(self, self._generator):
-            self.history = history.begun(start, num_fresh, updates=num_epochs > 0)
+            run = stable_repr(self.method) if num_epochs else ""
+            self.history = history.begun(start, num_fresh, run)
             self.forgotten, self._data_set = gone, record["data_set"]
             self.model = copy.deepcopy(self.model)
             loaders = self._loaders(train_set, retain, gone, batch_size, collate_fn)
             costs = self._fit(loaders, num_epochs, watch)
         self.history = self.history.ended(weights_name(self.model))
-        record |= {**costs, **self._origin(self.history.left), "finished": _now()}
+        record |= {**costs, **self._origin(), **self._sequence(history.runs)}
         return UnlearningResult(self.model, self.trace, guarantee, record)
 
     def _warn(self, num_fresh: int, num_epochs: int) -> None:
@@ -428,7 +429,7 @@ class Unlearner:
             past_runs=past_runs,
             batch_size=batch_size,
             forgotten_before=self.forgotten,
-        )
+        ).after(self.history, self.forgotten_exactly)
         plan = replace(plan.claiming(self._claim(plan.forget, delta)), delta=delta)
         require_states(checkpoints, deletion_policy)
         if checkpoints is None:
@@ -463,6 +464,7 @@ class Unlearner:
         size = training.record.num_examples
         forget = distinct_indices("forget_indices", forget_indices, size)
         require_rest(size - len(np.union1d(self.forgotten, forget)), size)
+        training.require_architecture()
         return training.plan(
             forget, self.forgotten, deletion_policy, self.forgotten_exactly
         )
@@ -543,15 +545,17 @@ class Unlearner:
                 pass
         # Only now: an update that fails leaves the unlearner as it was.
         self.model = copy.deepcopy(self.model) if rerun is None else rerun.model
-        left = weights_name(self.model)
-        self.forgotten, self.history = plan.gone, History(left=left)
+        before = self.history.runs if stays else ()
+        runs = before if stays else ((record["method"], 1),)
+        self.history = History(left=weights_name(self.model), runs=runs)
+        self.forgotten = plan.gone
         if deletion_policy is None:
             self.forgotten_exactly = plan.gone
         if rerun is not None:
             self._evaluate_at(plan.num_updates / plan.updates_per_epoch, evaluate)
         self.model.eval()
         self.trace.cost["seconds"] = time.perf_counter() - clock
-        record |= {**self.trace.cost, **self._origin(left), "finished": _now()}
+        record |= {**self.trace.cost, **self._origin(), **self._sequence(before)}
         return UnlearningResult(self.model, self.trace, plan.guarantee, record)
 
     def _is_rewound(
@@ -580,16 +584,25 @@ class Unlearner:
         warnings.warn(_STAYS if stays else _REWOUND_AGAIN, stacklevel=3)
         return stays
 
-    def _origin(self, left: str) -> dict[str, Any]:
-        """Return what ties a run to its training and to its result, for the record.
-
-        Args:
-            left: Name of the weights that the run left.
-        """
+    def _origin(self) -> dict[str, Any]:
+        """Return what ties a run to its training and to its result, for the record."""
         return {
             "ledgers": [asdict(RunIdentity.of(run)) for run in runs_in(self.ledger)],
             "trained_weights": self.history.trained or None,
-            "unlearned_weights": left,
+            "unlearned_weights": self.history.left,
+        }
+
+    def _sequence(self, before: Runs | None) -> dict[str, Any]:
+        """Return which runs led to the model, for the record of the last one.
+
+        Args:
+            before: The runs before it, as in ``History``.
+        """
+        exactly = self.forgotten_exactly if self.history.keeps_exact else ()
+        return {
+            "earlier_runs": None if before is None else [list(run) for run in before],
+            "forgotten_exactly": [int(i) for i in exactly],
+            "finished": _now(),
         }
 
     def _recorded(

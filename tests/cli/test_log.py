@@ -8,8 +8,8 @@ import pytest
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import write_weights
 from opacus_pi.unlearning import exported_entries, list_requests
-from opacus_pi.unlearning.claims import History
 from opacus_pi.unlearning.deletion_log import DeletionLog, verify
+from opacus_pi.unlearning.history import History
 from opacus_pi.unlearning.honouring_weights import sha256_of
 from opacus_pi.unlearning.requests import DeletionRequests
 from tests.cli.conftest import DATA, MODEL, owners_file

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -25,29 +26,48 @@ NAMES = [
 ]
 
 
-def test_help_lists_the_commands_and_exit_codes(run):
+def fits(text, width):
+    lines = text.splitlines()
+    return len(lines) <= 24 and max(map(len, lines)) <= width
+
+
+def examples_in(text):
+    """The command lines of a help, as words."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("  opacus-pi ")]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_help_lists_the_commands_and_where_more_is(run, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
     code, out, err = run("--help")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "") and fits(out, width)
     assert all(f"\n    {name} " in out for name in COMMANDS)
-    assert "exit codes:" in out and "a first session:" in out
-    assert len(out.splitlines()) <= 40  # one screen
+    code, more, err = run("--help-all")
+    assert (code, err) == (0, "") and more.startswith(out)
+    assert "exit codes:" in more and "a first session:" in more
+    assert "example: opacus-pi score ledger.safetensors" in out
+    for words in examples_in(more):
+        build_parser().parse_args(words[1:])
 
 
+@pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("name", NAMES, ids=" ".join)
-def test_help_of_each_command_has_examples_that_parse(run, tmp_path, monkeypatch, name):
+def test_help_of_each_command_is_one_screen_with_an_example(
+    run, tmp_path, monkeypatch, name, width
+):
+    monkeypatch.setenv("COLUMNS", str(width))
     code, out, err = run(*name, "--help")
+    code_of_all, everything, _ = run(*name, "--help-all")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "forgotten").mkdir()  # a directory that a file is written to must exist
-    assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= 80
-    assert len(out.splitlines()) <= 40  # one screen
-    examples = out.split("examples:\n")[1].replace("\\\n", " ").splitlines()
-    commands = [
-        shlex.split(line) for line in examples if line.startswith("  opacus-pi ")
-    ]
-    assert len(commands) >= 1
-    for words in commands:
+    assert (code, err, code_of_all) == (0, "", 0) and fits(out, width)
+    assert examples_in(out)
+    for words in (*examples_in(out), *examples_in(everything)):
         assert tuple(words[1:][: len(name)]) == name
         build_parser().parse_args(words[1:])
+    flags = set(re.findall(r"--[a-z-]+", everything))
+    assert flags <= set(re.findall(r"--[a-z-]+", out)) | {"--traceback"}
 
 
 @pytest.mark.parametrize("name", NAMES, ids=" ".join)

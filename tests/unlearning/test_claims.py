@@ -22,7 +22,7 @@ from opacus_pi import (
 )
 from opacus_pi.accounting.training_bound import worst_case_curve
 from opacus_pi.unlearning import FineTune, Langevin
-from opacus_pi.unlearning.claims import History, history_from_json
+from opacus_pi.unlearning.history import History, history_from_json
 from opacus_pi.unlearning.methods import Method
 from opacus_pi.unlearning.requests import DeletionRequests
 from opacus_pi.unlearning.rivals import NegGradPlus
