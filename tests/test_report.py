@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import stat
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from opacus_pi import GradNormLedger, Guarantee, NoisySGD
 from opacus_pi.accounting import epsilon_limits, epsilons, privacy_losses
+from opacus_pi.accounting.composed_epsilon import composed_worst_case
 from opacus_pi.accounting.guarantee import Assumption, rounded_up
 from opacus_pi.difficulty.forget_sets import ranking, top_k
 from opacus_pi.evaluation import UnlearningTrace
@@ -99,6 +101,19 @@ def test_numbers_are_the_librarys(tmp_path):
     assert "nothing was unlearned" in page.text
     assert "per_example" not in facts  # only the hardest are listed
     assert "unlearning" not in facts and "Guarantee" not in page.text
+
+
+def test_the_worst_case_is_named_by_its_method(tmp_path):
+    """Numerical composition gives the smaller bound, and the page says it first."""
+    ledger = make_ledger()
+    page, facts = read(tmp_path / "r.html", ledger=ledger)
+    composed = composed_worst_case(ledger.mechanism, 1e-5, steps=ledger.steps)
+    assert facts["composed_worst_case"] == composed < facts["worst_case_epsilon"]
+    assert page.text.count(rounded_up(composed)) >= 2  # in the card, and in the list
+    assert rounded_up(facts["worst_case_epsilon"]) in page.text
+    assert "the same bound by numerical composition" in page.text
+    assumed = score(ledger.with_noise_std(2.0)).facts(3)
+    assert assumed["composed_worst_case"] == math.inf
 
 
 def test_draws_limit_the_epsilons(tmp_path):

@@ -32,8 +32,7 @@ with opacus_pi.PrivacyEngine leaves a ledger (engine.ledger.save). An import
 path, package.module:name, runs the module: name only code that you trust."""
 EPILOG = """\
 example: opacus-pi score ledger.safetensors
-'opacus-pi COMMAND --help' explains one command, and 'opacus-pi --help-all' the
-exit codes, with a first session."""
+'opacus-pi --help-all' adds the exit codes and a first session."""
 MORE = """\
 exit codes:
   0    success; verify: the file is complete and unedited
@@ -110,7 +109,7 @@ class _Help(argparse.Action):
         self.text = text
         super().__init__(nargs=0, **options)
 
-    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+    def __call__(self, parser: Any, *_: Any) -> None:
         """Print the text, as argparse asks for when it meets the flag."""
         sys.stdout.write(self.text(parser))
         parser.exit()
@@ -151,6 +150,7 @@ def build_parser() -> Parser:
         parser,
         lambda own: own.format_help(),
         lambda own: f"{own.format_help()}\n{MORE}\n",
+        "with COMMAND: explain this command",
     )
     parser.add_argument(
         "--version", action="version", version=f"opacus-pi {__version__}"
@@ -175,7 +175,8 @@ def _add(commands: Any, program: str, name: str, command: Command) -> None:
         help=command.summary,
         **_texts(f"{program} {name}", command, f"examples:\n{command.examples}"),
     )
-    _add_help(sub, _screen_of(command), lambda own: own.format_help())
+    shown = "show this text" if command.actions else argparse.SUPPRESS
+    _add_help(sub, _screen_of(command), lambda own: own.format_help(), shown)
     if command.actions:
         actions = sub.add_subparsers(
             metavar="ACTION",
@@ -215,22 +216,21 @@ def _texts(program: str, command: Command, last: str) -> dict[str, Any]:
     }
 
 
-def _add_help(parser: Parser, screen: Text, everything: Text) -> None:
+def _add_help(parser: Parser, screen: Text, everything: Text, shown: str) -> None:
     """Add the two helps of a parser.
 
     Args:
         parser: The parser.
         screen: Returns the help on one screen.
         everything: Returns the help with every argument.
+        shown: What the first help says of itself.
     """
-    for flags, text in ((("-h", "--help"), screen), (("--help-all",), everything)):
-        parser.add_argument(
-            *flags,
-            action=_Help,
-            text=text,
-            default=argparse.SUPPRESS,
-            help=argparse.SUPPRESS,
-        )
+    for flags, text, own in (
+        (("-h", "--help"), screen, shown),
+        (("--help-all",), everything, argparse.SUPPRESS),
+    ):
+        default = argparse.SUPPRESS
+        parser.add_argument(*flags, action=_Help, text=text, default=default, help=own)
 
 
 def _screen_of(command: Command) -> Text:

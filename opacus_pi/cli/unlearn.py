@@ -130,8 +130,7 @@ def run(options: argparse.Namespace) -> int:
             save_result(directory, result, options.delta)
     facts = {"format": "opacus_pi.cli.unlearn.v1", "out": options.out, **request}
     facts |= _run_facts(result, options.delta, len(train_set))
-    facts["num_erased"] = len(erased_in(train_set))
-    facts["also_of"] = options.also_of
+    facts |= {"num_erased": len(erased_in(train_set)), "also_of": options.also_of}
     answer(options, facts, _text(facts, result))
     return 0
 
@@ -397,8 +396,6 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
         f"{_forgot(other['num_forget'], other['method'], other['num_steps'])}."
         for other in facts.get("also_carried_out", [])
     ]
-    if facts["also_of"]:
-        parts.append(shared_text(facts["also_of"]))
     if facts["num_erased"]:
         parts.insert(0, _erased(facts["num_erased"]))
     if result is None:
@@ -422,6 +419,8 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
     parts.append(result.guarantee.text(facts["delta"]))
     if facts["large_delta"]:
         parts.append(facts["large_delta"])
+    if facts["also_of"]:
+        parts.append(shared_text(facts["also_of"]))
     if "head" in facts:
         parts += _of_log(facts)
     return "\n\n".join(parts)

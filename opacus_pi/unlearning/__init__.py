@@ -9,7 +9,7 @@ requests about a model in a tamper-evident log and carries each out once. The me
 | what does one update do? | ``methods``, ``rivals`` |
 | in which order, and when does it end? | ``loop``, ``unlearner`` |
 | what happens meanwhile, and after a crash? | ``callbacks``, ``resuming`` |
-| what may be claimed afterwards? | ``claims`` |
+| what may be claimed afterwards? | ``claims``, ``history`` |
 | how long will it take? | ``plan``, ``search`` |
 | how far must a training run go back? | ``rewind`` |
 | who asked for it, and was it done? | ``requests``, ``deletion_log`` |

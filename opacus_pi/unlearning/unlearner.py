@@ -332,7 +332,8 @@ class Unlearner:
             loaders = self._loaders(train_set, retain, gone, batch_size, collate_fn)
             costs = self._fit(loaders, num_epochs, watch)
         self.history = self.history.ended(weights_name(self.model))
-        record |= {**costs, **self._origin(), **self._sequence(history.runs)}
+        before = None if self.history.runs is None else history.runs
+        record |= {**costs, **self._origin(), **self._sequence(before)}
         return UnlearningResult(self.model, self.trace, guarantee, record)
 
     def _warn(self, num_fresh: int, num_epochs: int) -> None:

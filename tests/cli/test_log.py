@@ -1,5 +1,6 @@
 """The deletion log from the command line is the library's, and no key is printed."""
 
+import hashlib
 import json
 import stat
 
@@ -59,6 +60,24 @@ def test_a_request_is_entered_and_not_carried_out(answer, log, tmp_path):
     again = answer("log", "submit", log, "--forget", "3,17")
     assert again["submitted"][0]["entered_before"] and again["head"] == found["head"]
     assert {path.name for path in tmp_path.iterdir()} == {"deletions.db"}
+
+
+def test_a_default_name_cannot_be_guessed_from_the_examples(answer, log, tmp_path):
+    """Names were hashes of the examples: whoever guessed them could try it."""
+    names = []
+    for place in (log, tmp_path / "other.db"):
+        found = answer("log", "submit", place, *TRAIN, "--forget", "3,17")
+        names.append(found["submitted"][0]["request_id"])
+    assert len({*names}) == 2 and all(name.startswith("ids-") for name in names)
+
+
+def test_an_unnamed_request_of_an_earlier_release_is_found_again(answer, log):
+    old = "ids-" + hashlib.sha256(b"[3, 17]").hexdigest()[:16]
+    requests = DeletionRequests(log, 120)
+    requests.submit("mine", indices=[3, 17])  # a name of the user's is not taken
+    requests.submit(old, indices=[3, 17])
+    (row,) = answer("log", "submit", log, "--forget", "17,3")["submitted"]
+    assert row["request_id"] == old and row["entered_before"]
 
 
 def test_unlearn_carries_out_the_request_that_was_submitted(run, answer, log, tmp_path):
@@ -239,7 +258,7 @@ def test_examples_that_were_forgotten_before_cost_nothing(run, answer, log, tmp_
     assert log.with_name("deletions.db.safetensors").read_bytes() == weights
     assert answer("log", "list", log)["num_carried_out"] == 2
     text = run("log", "submit", log, "--forget", "3,5", "--request-id", "c")[1]
-    assert "1 of its examples were forgotten before" in text
+    assert "1 of its examples was forgotten before" in text
     out = ("--request-id", "c", "--out", tmp_path / "c")
     assert answer(*words, "3,5", *out)["carried_out"]
 

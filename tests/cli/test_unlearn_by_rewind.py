@@ -2,15 +2,17 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import safetensors.torch
 import torch
 from torch.utils.data import DataLoader
 
-from opacus_pi import PrivacyEngine, Recorder
+from opacus_pi import GradNormLedger, PrivacyEngine, Recorder, Unlearner
 from opacus_pi.accounting import DeletionPolicy
 from opacus_pi.recording import Checkpoints
+from opacus_pi.unlearning import exported_entries
 from opacus_pi.unlearning.requests import DeletionRequests
 from tests.cli.conftest import DATA
 
@@ -240,3 +242,96 @@ def test_fine_tuned_weights_of_the_log_are_not_kept(run, answer, trained, tmp_pa
     assert code == 2 and "--log: the weights beside" in err
     assert "Leave out --policy: an exact rewind starts from a saved state" in err
     assert (tmp_path / "d.db").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def sequence(trained, tmp_path_factory):
+    """A log whose requests were carried out by a rewind, two fine-tunings, a rewind."""
+    import cli_project
+
+    folder, first = trained
+    path = tmp_path_factory.mktemp("sequence") / "deletions.db"
+    model = cli_project.build()
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    for name, example in zip("abcd", first.argsort()[:4].tolist(), strict=True):
+        model.load_state_dict(weights)
+        unlearner = Unlearner(
+            model,
+            criterion=torch.nn.CrossEntropyLoss(),
+            ledger=GradNormLedger.load(folder / "ledger.safetensors"),
+        )
+        requests = DeletionRequests(path, 120)
+        requests.submit(name, indices=[example])
+        exact = {"checkpoints": folder / "states"}
+        options = exact if name in "ad" else {"num_epochs": 1}
+        requests.process(unlearner, cli_project.train_set(), **options)
+        if name in "cd":
+            shutil.copytree(path.parent, path.parent.with_name(f"after_{name}"))
+    return {name: path.parent.with_name(f"after_{name}") / path.name for name in "cd"}
+
+
+def test_the_list_says_what_followed_a_rewind(run, answer, sequence):
+    log = sequence["c"]
+    code, out, _ = run("log", "list", log, "--request-id", "a")
+    assert code == 0 and "Run of entry 2: exact rewind, 6 updates. " in out
+    assert "ε = 0 at δ" in out and "ε ≤ 0 " not in out
+    last = (
+        "Run of entry 8, after 1 other since: FineTune(), 2 updates, on weights of "
+        "earlier runs (exact rewind, FineTune()). Guarantee: empirical; no ε is "
+        "claimed. But the examples of this request stay exactly forgotten"
+    )
+    assert last in out
+    for name in "bc":
+        code, out, _ = run("log", "list", log, "--request-id", name)
+        assert "no ε is claimed" in out and "stay exactly forgotten" not in out
+    found = answer("log", "list", sequence["d"], "--request-id", "a")["guarantees"]
+    assert [one["entry"] for one in found] == [2, 11]
+    assert [one["epsilon"] for one in found] == [0, 0]
+
+
+def test_the_plan_says_what_the_weights_went_through(answer, trained, sequence):
+    folder, first = trained
+    words = ("plan", folder / "ledger.safetensors", *ARCHITECTURE)
+    for name, runs, exact in (
+        ("c", [["exact rewind", 1], ["FineTune()", 2]], 1),
+        ("d", [["exact rewind", 1]], 4),
+    ):
+        log = ("--log", sequence[name])
+        found = answer(*words, *log, "--forget", int(first.argsort()[9]))
+        assert (found["earlier_runs"], found["num_forgotten_exactly"]) == (runs, exact)
+
+
+def test_an_auditor_may_see_the_last_run(run, answer, sequence, tmp_path):
+    """It carried out another request, whose examples stay withheld."""
+    out = ("--out", tmp_path / "x.json")
+    words = ("log", "export", sequence["d"], "--disclose", "a")
+    assert answer(*words, *out)["disclosed"] == [0, 2]
+    assert answer(*words, "--last-run", *out)["disclosed"] == [0, 2, 11]
+    shown = exported_entries(tmp_path / "x.json")[11].payload
+    assert shown["run"]["method"] == "exact rewind" and shown["epsilon"] == 0
+    assert "indices" not in json.dumps(shown)
+    empty = DeletionRequests(tmp_path / "empty.db", 120).log.path
+    code, _, err = run("log", "export", empty, "--last-run", *out)
+    assert code == 2 and err.startswith("opacus-pi log export: --last-run: no request")
+
+
+def test_a_plan_is_refused_where_the_rewind_would_be(run, trained, sequence):
+    folder, first = trained
+    example = ("--forget", int(first.argmin()))
+    for model in ("cli_project:build_wider",):
+        for more in ((), ("--policy",)):
+            code, out, err = run(*planned(folder, "--model", model, *more), *example)
+            assert (code, out) == (2, "") and "are not those of the saved state" in err
+    other = ("--forget", int(first.argsort()[9]))
+    by_policy = (*planned(folder, *ARCHITECTURE, "--policy"), *other)
+    assert run(*by_policy)[0] == 0
+    fine_tuned = DeletionRequests(folder / "tuned.db", 120)
+    fine_tuned.submit("x", indices=[int(first.argsort()[8])])
+    import cli_project
+
+    model = cli_project.build()
+    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    unlearner = Unlearner(model, criterion=torch.nn.CrossEntropyLoss())
+    fine_tuned.process(unlearner, cli_project.train_set(), num_epochs=1)
+    code, out, err = run(*by_policy, "--log", folder / "tuned.db")
+    assert (code, out) == (2, "") and "Leave out --policy: an exact rewind" in err

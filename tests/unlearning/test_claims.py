@@ -272,10 +272,21 @@ def test_histories_of_earlier_releases_are_read():
     old = history_from_json('{"stop": null, "looked": ""}')
     assert old.looked == "an earlier run is not described" and old.updated
     assert history_from_json('{"stop": null, "looked": "x"}').looked == "x"
-    new = History(looked="x", updated=True, num_used=2, trained="a", left="b")
+    runs = (("exact rewind", 1), ("FineTune()", 3))
+    new = History(None, "x", True, 2, "a", "b", runs)
     assert history_from_json(new.text) == new
+    before = {
+        name: fact for name, fact in json.loads(new.text).items() if name != "runs"
+    }
+    assert history_from_json(json.dumps(before)) == replace(new, runs=None)
     assert history_from_json('{"looked": ""}') is None
-    for changes in ({"updated": "yes"}, {"left": 3}, {"num_used": None}, {"more": 1}):
+    for changes in (
+        {"updated": "yes"},
+        {"left": 3},
+        {"num_used": None},
+        {"more": 1},
+        {"runs": [3]},
+    ):
         facts = json.loads(new.text) | changes
         assert history_from_json(json.dumps(facts)) is None
 

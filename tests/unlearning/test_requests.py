@@ -26,6 +26,7 @@ from opacus_pi.unlearning.loop import StopWhen
 from opacus_pi.unlearning.requests import (
     DeletionRequest,
     DeletionRequests,
+    remaining_by_log,
     requested_indices,
 )
 from opacus_pi.unlearning.rivals import NegGradPlus
@@ -312,6 +313,40 @@ def test_a_log_may_be_opened_through_a_link(tmp_path):
     os.link(tmp_path / "deletions.db", tmp_path / "other.db")
     with pytest.raises(ValueError, match="more than one name .* open it under that"):
         DeletionRequests(tmp_path / "other.db", SIZE).resume(unlearner())
+
+
+def test_the_files_stay_together_if_the_process_changes_its_directory(
+    tmp_path, monkeypatch
+):
+    """The log was named by a relative path; the key is made with the first user."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(home)
+    mine = DeletionRequests("deletions.db", SIZE, {"ann": [8, 9]})
+    monkeypatch.chdir(elsewhere)
+    mine.submit("b", user="ann")
+    mine.process(unlearner(), data(), num_epochs=1)
+    assert not [*elsewhere.iterdir()]
+    names = {"deletions.db" + end for end in ("", ".key", ".lock", ".safetensors")}
+    assert {path.name for path in home.iterdir()} == names
+    for place in ("../home/deletions.db", home / "deletions.db"):
+        again = DeletionRequests(place, SIZE)
+        assert [r.request_id for r in again.submitted_by("ann")] == ["b"]
+
+
+def test_what_remains_is_read_through_a_link(tmp_path):
+    mine = submitted(tmp_path)
+    mine.process(unlearner(), data(), num_epochs=1)
+    mine.redact("a")
+    mine.redact("b")
+    link = tmp_path / "links" / "link.db"
+    link.parent.mkdir()
+    link.symlink_to(mine.log.path)
+    for found, wanted in zip(
+        remaining_by_log(link), remaining_by_log(mine.log.path), strict=True
+    ):
+        np.testing.assert_array_equal(found.forgotten, wanted.forgotten)
 
 
 def test_a_log_of_another_number_of_examples_takes_no_request(tmp_path):

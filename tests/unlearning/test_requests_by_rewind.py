@@ -8,13 +8,14 @@ import torch
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import write_weights
-from opacus_pi.unlearning import FineTune
+from opacus_pi.unlearning import FineTune, deletion_statement
 from opacus_pi.unlearning import requests as requests_module
 from opacus_pi.unlearning.claims import claim
 from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.honouring_weights import stored_weights
 from opacus_pi.unlearning.next_run import next_run
 from opacus_pi.unlearning.requests import DeletionRequests
+from opacus_pi.unlearning.rivals import SCRUB
 from tests.integration.rewinding import SIZE, Saved, weights
 
 POLICY = DeletionPolicy(2.0, 1e-5)
@@ -225,3 +226,74 @@ def test_no_policy_keeps_a_model_that_was_fine_tuned(tmp_path):
     options = {"checkpoints": saved.states, "deletion_policy": wide}
     with pytest.raises(ValueError, match="make an exact rewind"):
         forgets(tmp_path, saved, "b", 1, **options)
+
+
+def test_what_is_said_after_rewinds_and_fine_tuning_is_the_sequence(tmp_path, saved):
+    first = np.argsort(saved.states.record.first_updates(), kind="stable")
+    a, b, c, d = (int(i) for i in first[:4])
+    mine = requests(tmp_path)
+    exact = {"checkpoints": saved.states}
+
+    def carried_out(name, example, **options):
+        mine.submit(name, indices=[example])
+        worker = saved.unlearner()
+        (result,) = requests(tmp_path).process(worker, saved.data, **options)
+        shown = deletion_statement(result, 1e-5)
+        assert type(shown).from_json(shown.to_json()) == shown
+        return worker, result.record, shown
+
+    _, record, shown = carried_out("a", a, **exact)
+    assert record["earlier_runs"] == [] and record["forgotten_exactly"] == [a]
+    assert "earlier_runs" not in shown.facts() and "Earlier runs" not in str(shown)
+
+    _, record, shown = carried_out("b", b, num_epochs=1)
+    assert record["earlier_runs"] == [["exact rewind", 1]]
+    assert record["forgotten_exactly"] == [a]
+    assert shown.num_forgotten == 2 and shown.num_forgotten_exactly == 1
+    assert "Earlier runs of this model: exact rewind. 1 of the examples was" in str(
+        shown
+    )
+
+    _, record, shown = carried_out("c", c, num_epochs=1)
+    assert shown.earlier_runs == (("exact rewind", 1), ("FineTune()", 1))
+
+    worker = saved.unlearner()
+    mine.resume(worker)
+    plan = worker.plan([d])
+    assert plan.earlier_runs == (("exact rewind", 1), ("FineTune()", 2))
+    said = "Earlier runs of these weights: exact rewind, FineTune() (2 times). 1 of the"
+    assert said in str(plan) and plan.num_forgotten_exactly == 1
+    assert "they come from a rewind, or from runs after one" in str(plan)
+
+    # A later rewind starts from a saved state: what was run before counts no more.
+    worker, record, shown = carried_out("d", d, **exact)
+    assert record["earlier_runs"] == [] and "Earlier runs" not in str(shown)
+    assert record["forgotten_exactly"] == sorted([a, b, c, d])
+    evidence = [x.evidence for x in worker.plan([int(first[9])]).guarantee.assumptions]
+    assert "the last run was a rewind, which starts from a saved state" in evidence
+
+    done = [e.payload["run"] for e in mine.log.entries() if e.kind == "done"]
+    assert [run["num_forgotten_exactly"] for run in done] == [1, 1, 1, 4]
+    assert all("forgotten_exactly" not in run for run in done)
+
+
+def test_a_run_that_may_have_looked_ends_what_was_exact(tmp_path, saved):
+    a, b = (int(i) for i in saved.states.record.first_updates().argsort()[:2])
+    worker = saved.unlearner()
+    worker.rewind(saved.data, [a], checkpoints=saved.states)
+    worker.method = SCRUB()
+    result = worker.unlearn(saved.data, [b], num_epochs=1)
+    assert result.record["forgotten_exactly"] == []
+    assert deletion_statement(result, 1e-5).num_forgotten_exactly == 0
+
+
+def test_weights_that_were_changed_between_two_runs_have_no_known_sequence(saved):
+    a, b = (int(i) for i in saved.states.record.first_updates().argsort()[:2])
+    worker = saved.unlearner()
+    worker.rewind(saved.data, [a], checkpoints=saved.states)
+    with torch.no_grad():
+        next(worker.model.parameters()).add_(1.0)
+    result = worker.unlearn(saved.data, [b], num_epochs=1)
+    assert result.record["earlier_runs"] is None
+    assert result.record["forgotten_exactly"] == [] and worker.history.runs is None
+    assert "is not known" in str(worker.plan([b]))
