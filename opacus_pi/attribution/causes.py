@@ -33,6 +33,7 @@ __all__ = [
     "CONTENTS_OF_OTHERS",
     "COUPLED",
     "CUT_INPUT",
+    "EQUAL_COPIES",
     "EQUAL_INPUTS",
     "EQUAL_NUMBERS",
     "INPUTS_DISAGREE",
@@ -217,10 +218,19 @@ EQUAL_INPUTS = Cause(
     "out of the update. Give the model the tensors that the data loader delivered, or "
     "remove such examples from the data set.",
 )
+EQUAL_COPIES = Cause(
+    "equal examples have different gradients",
+    "largest",
+    "Some examples of a batch are equal in inputs and targets, their gradients differ, "
+    "as with dropout, and the loop or collate_fn changed the order of the batch. So it "
+    "is not known which of their norms belongs to which example: each is charged the "
+    "largest of them, and a RenyiFilter leaves them out of the update. Keep the order "
+    "in which the data loader delivers, or remove such examples from the data set.",
+)
 TRUSTED = Cause(
     "examples with equal inputs were assumed to be in their places",
     "unchecked",
-    "Some examples of a batch have equal inputs and different targets, and the loop "
+    "Some examples of a batch have equal inputs, and the loop "
     "gave the model copies of them. They were assumed to be in the delivered order, "
     "like all other samples until then, but later the loop moved samples. Give the "
     "model the tensors that the data loader delivered.",

@@ -16,7 +16,8 @@ be in the order of the items.
 
 *What breaks it.* At most 512 entries of an item are compared (``samples.py``). Mixtures
 are found if a sample is a sum of two items, or consists of entries of two items; a
-transform that is not linear hides them. What a batch has besides its items (padding,
+transform that is not linear hides them. A batch in which nothing has moved but items
+that are equal counts as one in order. What a batch has besides its items (padding,
 masks, a mean over the batch) is compared with nothing; ``has_more`` says that there is
 such a thing. Items that were left out are counted (``num_left_out``) if the samples
 could be compared; why they were is not known. A data set whose ``__getitems__`` returns
@@ -48,7 +49,7 @@ from opacus_pi.attribution.causes import (
     PARTS_IN_COLLATE,
     Cause,
 )
-from opacus_pi.attribution.item_contents import contents_of, labels_of
+from opacus_pi.attribution.item_contents import contents_of, joint_sums, labels_of
 from opacus_pi.attribution.item_fingerprints import ItemFingerprints, fingerprint_items
 from opacus_pi.attribution.mixtures import OtherSamples, made_of_others
 from opacus_pi.attribution.samples import (
@@ -91,6 +92,8 @@ class CollateIdentity:
         contents: int64 ``(n,)``: a checksum of the largest part of each item; None: the
             items are the samples of the batch.
         labels: int64 ``(n, p)``: checksums of the small parts of each item.
+        copies: The places of samples, int64 ``(k,)``, that are equal items, of which it
+            is not known which is which, for each such item.
     """
 
     items: NDArray[np.int64] | None = None
@@ -100,6 +103,7 @@ class CollateIdentity:
     num_left_out: int = 0
     contents: NDArray[np.int64] | None = None
     labels: NDArray[np.int64] | None = None
+    copies: tuple[NDArray[np.int64], ...] = ()
 
 
 BY_CONSTRUCTION = CollateIdentity()
@@ -426,7 +430,23 @@ def _chosen(
     else:
         chosen = np.fromiter(_assigned(items, joint), np.int64, len(joint))
     cause = CHANGED_IN_COLLATE if not is_known.all() else ALIKE_IN_COLLATE
-    return CollateIdentity(chosen, cause=MIXED_IN_COLLATE if is_mixed.any() else cause)
+    cause = MIXED_IN_COLLATE if is_mixed.any() else cause
+    copies = () if is_in_place else tuple(_copies(items, chosen))
+    return CollateIdentity(chosen, cause=cause, copies=copies)
+
+
+def _copies(items: ItemFingerprints, chosen: Indices) -> Iterator[Indices]:
+    """Yield the places of samples that are equal items, for each such item.
+
+    Args:
+        items: The items.
+        chosen: Which item each sample is, -1 if it matches none.
+    """
+    places = np.flatnonzero(chosen >= 0)
+    sums = joint_sums(list(items.checksums[chosen[places]].T))
+    values, counts = np.unique(sums, return_counts=True)
+    for value in values[counts > 1]:
+        yield places[sums == value]
 
 
 def _assigned(items: ItemFingerprints, joint: Mask) -> Iterator[int]:

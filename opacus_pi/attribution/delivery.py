@@ -227,6 +227,21 @@ class Delivery:
             return True
         return is_described and all((s[places] == s[places[0]]).all() for s in sums)
 
+    def copies_among(self, positions: Indices) -> list[Alike]:
+        """Return groups of samples that ``collate_fn`` may have exchanged.
+
+        They are copies of one item, in an order that is not known.
+
+        Args:
+            positions: int64 ``(b,)``: position in the delivery of each sample, or a
+                negative code.
+        """
+        groups = [
+            Alike(np.flatnonzero(np.isin(positions, places)), places)
+            for places in self.identity.copies
+        ]
+        return [group for group in groups if len(group.rows) > 1]
+
     def alike(self, width: int) -> list[DelayedChecksums]:
         """Return the content of tensors whose samples are all alike.
 
@@ -346,6 +361,8 @@ class ForwardPass:
     Attributes:
         alike: Groups of samples whose order is not known, because they look alike. Each
             has one of the examples of its group.
+        copies: Groups of samples whose order is not known, and that are equal in
+            everything that was delivered.
         call: The forward pass with its outputs, while it may be repeated; else None.
         output_storages: Addresses of the memory of its outputs, while these exist.
         backward: When the backward pass reached it, counted by the tracker; 0: not yet.
@@ -369,6 +386,7 @@ class ForwardPass:
         self.is_assumed, self.unattributed = is_assumed, unattributed
         self.notes, self.num_inputs, self.latest = notes, num_inputs, latest
         self.alike: tuple[Alike, ...] = ()
+        self.copies: tuple[Alike, ...] = ()
         self.call: Any = None
         self.output_storages: list[int] = []
         self.backward = 0
@@ -390,6 +408,9 @@ class ForwardPass:
         forward = cls(None, evidence, delivery, notes=delivery.identity.notes)
         forward._whole_delivery = delivery
         forward._distinct = delivery.indices if delivery.are_distinct else None
+        if delivery.identity.copies:
+            places = np.arange(len(delivery.indices or ()))
+            forward.copies = tuple(delivery.copies_among(places))
         return forward
 
     @property
@@ -421,9 +442,9 @@ class ForwardPass:
             return
         for group in alike:
             self._indices[group.rows] = delivery.index_array[group.places]
-        self.alike = tuple(
-            group for group in alike if not delivery.has_equal_samples(group.places)
-        )
+        copies = [g for g in alike if delivery.has_equal_samples(g.places)]
+        self.alike = tuple(group for group in alike if group not in copies)
+        self.copies = (*self.copies, *(g for g in copies if len(g.rows) > 1))
 
     @property
     def num_samples(self) -> int | None:

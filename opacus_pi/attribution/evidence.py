@@ -223,7 +223,7 @@ def _agreed(
     """
     found = [f for given in deciding if (f := given.finding_in(delivery)) is not None]
     positions, disagree = _joined(found, cast(Indices, delivery.index_array))
-    positions, alike = _in_order(found, positions, [*deciding, *beside], order)
+    positions, alike, copies = _in_order(found, positions, [*deciding, *beside], order)
     is_clear = np.ones(len(positions), np.bool_)
     is_clear[rows_of_all(alike)] = False
     moved = [_is_of_others(given, positions, delivery) & is_clear for given in beside]
@@ -263,6 +263,7 @@ def _agreed(
         notes=(*delivery.identity.notes, *unchecked),
     )
     forward.alike = tuple(g for g in alike if (indices[g.rows] >= 0).all())
+    forward.copies = (*copies, *delivery.copies_among(positions))
     return forward
 
 
@@ -285,7 +286,7 @@ def _evidence(found: list[Finding], is_assumed: NDArray[np.bool_] | None) -> str
 
 def _in_order(
     found: list[Finding], positions: Indices, inputs: list[Input], order: OrderSoFar
-) -> tuple[Indices, list[Alike]]:
+) -> tuple[Indices, list[Alike], list[Alike]]:
     """Find the order of samples that look alike, as far as anything shows it.
 
     Args:
@@ -295,8 +296,8 @@ def _in_order(
         order: What earlier passes have shown about the order; notes this one.
 
     Returns:
-        Positions, those of samples that look alike included; and the groups of those
-        whose order is not known and makes a difference.
+        Positions, those of samples that look alike included; the groups of those
+        whose order is not known; and the groups of copies whose order is not known.
     """
     delivery, size = found[0].delivery, len(positions)
     groups = next((f.groups for f in found if f.groups), ())
@@ -306,14 +307,18 @@ def _in_order(
     moves_in_place = any(f.has_moved for f in found)
     if groups or moves_in_place or not any(f.by_storage for f in found):
         order.saw(positions, alike, size=num_delivered, in_place=moves_in_place)
-    alike = [g for g in alike if not delivery.has_equal_samples(g.places)]
+    copies = [g for g in alike if delivery.has_equal_samples(g.places)]
+    alike = [g for g in alike if g not in copies]
     is_rising = bool((np.diff(positions[positions >= 0]) > 0).all())
+    if is_rising and not order.has_moved:
+        order.num_copies_trusted += 0 if order.is_kept else len(rows_of_all(copies))
+        copies = []
     if not (order.is_kept and is_rising):
-        return positions, alike
+        return positions, alike, copies
     order.num_trusted += len(rows_of_all(alike))
     if size == num_delivered:
         positions = _kept_in_place(found, positions, order)
-    return positions, []
+    return positions, [], copies
 
 
 def _kept_in_place(

@@ -139,6 +139,7 @@ def _joint(one: ForwardPass, other: ForwardPass) -> ForwardPass | None:
             notes.pop(ANOTHER_INPUT, None)
             notes[ANOTHER_PASS] = None
         joint.notes = tuple(notes)
+        joint.copies = (*one.copies, *other.copies)
         return joint
     for known, beside in ((one, other), (other, one)):
         is_beside = beside.indices is None and beside.cause is NOT_DELIVERED
@@ -210,7 +211,7 @@ def _completed(one: ForwardPass, other: ForwardPass) -> ForwardPass:
         one, other = other, one
     if not one.is_whole_delivery:
         one.complete(other)
-    one.notes = tuple(notes)
+    one.notes, one.copies = tuple(notes), (*one.copies, *other.copies)
     return one
 
 

@@ -7,20 +7,26 @@ which position. Three facts can: another input of the model, the targets of the 
 samples belong to their examples in an unknown order, and each example is charged the
 largest of them, which is never too little.
 
+Samples that are equal in everything that the loader delivered are copies. An exchange
+of them changes nothing, unless their gradients differ, as dropout makes them. So copies
+in an order that is not known are charged the largest of their norms, too, and it is
+said if these norms differ by more than rounding.
+
 *Guarantee.* A sample gets one example of several that look alike only in three cases.
-Another tensor distinguishes them. Or the examples are equal in everything that the
-loader delivered, so that an exchange changes nothing. Or copies have always been in the
+Another tensor distinguishes them. Or they are copies, and the loop has not moved any
+sample, or their norms are equal. Or the model's inputs have always been in the
 delivered order, which a random permutation would show with a probability below 2^-20.
 
 *What breaks it.* A loop that permutes batches only after it has kept the order of many,
-and whose first permutation moves nothing but samples that look alike. Once any other
-sample has moved, the run says that earlier samples were only assumed to be in place.
+and whose first permutation moves nothing but samples that look alike; and one that
+moves nothing but copies. Once any other sample has moved, the run says that earlier
+samples were only assumed to be in place.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -31,11 +37,12 @@ __all__ = [
     "LOOKS_ALIKE",
     "UNKNOWN",
     "Alike",
+    "Charged",
     "HasAlike",
     "Matches",
     "OrderSoFar",
     "alike_of",
-    "largest_of_alike",
+    "charged",
     "matched",
     "refined",
     "rows_of_all",
@@ -52,6 +59,8 @@ LOOKS_ALIKE = -2
 """In place of a position in a delivery: several samples are like this one."""
 
 _ENOUGH = 20.0  # bits: how improbable an order must be for a loop that permutes
+_ROUNDING = 1e-3  # of a norm: smaller differences of copies are not reported
+_ROUNDING_OF_ALL = 1e-6  # of the largest norm of a batch, in addition
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,11 +200,12 @@ class OrderSoFar:
         has_moved: Whether a sample was seen in another position than it was delivered.
         moves_in_place: Whether that was in the memory that was delivered.
         num_trusted: How many samples that look alike were taken to be in their places.
+        num_copies_trusted: How many copies were, before the order was known to be kept.
     """
 
     def __init__(self) -> None:
         self.has_moved = self.moves_in_place = False
-        self.num_trusted = 0
+        self.num_trusted = self.num_copies_trusted = 0
         self._bits = 0.0
 
     @property
@@ -207,6 +217,11 @@ class OrderSoFar:
     def is_doubtful(self) -> bool:
         """Return whether samples were trusted by a loop that later moved some."""
         return self.has_moved and self.num_trusted > 0
+
+    @property
+    def are_copies_doubtful(self) -> bool:
+        """Return whether copies were trusted by a loop that later moved samples."""
+        return self.has_moved and self.num_copies_trusted > 0
 
     def saw(
         self, positions: Indices, alike: Sequence[Alike], *, size: int, in_place: bool
@@ -241,16 +256,32 @@ def _log2(num: int) -> float:
 
 
 class HasAlike(Protocol):
-    """The part of a forward pass that ``largest_of_alike`` looks at."""
+    """The part of a forward pass that ``charged`` looks at."""
 
     alike: tuple[Alike, ...]
+    copies: tuple[Alike, ...]
 
     @property
     def num_samples(self) -> int | None:
         """Number of samples."""
 
 
-def largest_of_alike(norms: Tensor, passes: Sequence[HasAlike]) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Charged:
+    """What samples are charged, of which some are in an order that is not known.
+
+    Args:
+        norms: Their norms, or the largest of their group, ``(b,)``.
+        differ: Whether a sample is a copy, and the norms of its group differ by more
+            than rounding, bool ``(b,)``, on the device of the norms; None: there are no
+            copies.
+    """
+
+    norms: Tensor
+    differ: Tensor | None = None
+
+
+def charged(norms: Tensor, passes: Sequence[HasAlike]) -> Charged:
     """Charge samples whose order is not known the largest of their norms.
 
     Args:
@@ -258,33 +289,45 @@ def largest_of_alike(norms: Tensor, passes: Sequence[HasAlike]) -> Tensor:
         passes: The forward passes that the samples come from, in this order.
 
     Returns:
-        ``(b,)``; the same tensor if there are no such samples. Nothing waits for an
+        The norms; the same tensor if there are no such samples. Nothing waits for an
         accelerator.
     """
-    groups = list(_in_all(passes))
-    if not groups:
-        return norms
-    first_of = np.arange(len(norms))
-    for rows in groups:
-        first_of[rows] = rows[0]
+    if not any(forward.alike or forward.copies for forward in passes):  # nearly always
+        return Charged(norms)
+    first_of, is_copy = np.arange(len(norms)), np.zeros(len(norms), np.bool_)
+    copies = list(_in_all(passes, "copies"))
+    for rows in (*copies, *_in_all(passes, "alike")):
+        joint = first_of[rows]  # groups may overlap
+        first_of[np.isin(first_of, joint)] = joint.min()
+    for rows in copies:
+        is_copy[rows] = True
     chosen = torch.from_numpy(first_of).to(norms.device)
-    largest = norms.scatter_reduce(0, chosen, norms, "amax")
-    return largest[chosen]
+    largest = norms.scatter_reduce(0, chosen, norms, "amax")[chosen]
+    if not copies:
+        return Charged(largest)
+    smallest = norms.scatter_reduce(0, chosen, norms, "amin")[chosen]
+    rounding = max(_ROUNDING, 4 * torch.finfo(norms.dtype).eps)
+    differ = largest - smallest > rounding * largest + _ROUNDING_OF_ALL * norms.amax()
+    return Charged(largest, differ & torch.from_numpy(is_copy).to(norms.device))
 
 
 def alike_of(passes: Sequence[HasAlike]) -> Indices:
     """Return the positions of the samples whose order is not known, int64 ``(k,)``.
 
+    Copies are not among them.
+
     Args:
         passes: Forward passes whose samples follow each other.
     """
-    return np.concatenate([np.empty(0, np.int64), *_in_all(passes)])
+    return np.concatenate([np.empty(0, np.int64), *_in_all(passes, "alike")])
 
 
-def _in_all(passes: Sequence[HasAlike]) -> Iterator[Indices]:
+def _in_all(
+    passes: Sequence[HasAlike], kind: Literal["alike", "copies"]
+) -> Iterator[Indices]:
     """Yield the positions of each group of samples, over all passes together."""
     start = 0
     for forward in passes:
-        for group in forward.alike:
+        for group in getattr(forward, kind):
             yield start + group.rows
         start += forward.num_samples or 0

@@ -58,6 +58,7 @@ from opacus_pi.attribution.causes import (
     COMPUTED,
     COUPLED,
     CUT_INPUT,
+    EQUAL_COPIES,
     EQUAL_INPUTS,
     INPUTS_DISAGREE,
     MIXED,
@@ -97,7 +98,12 @@ from opacus_pi.attribution.gradients import with_sizes
 from opacus_pi.attribution.input_sizes import InputSizes
 from opacus_pi.attribution.inputs_beside import InputsBeside
 from opacus_pi.attribution.item_contents import ItemContents
-from opacus_pi.attribution.lookalikes import OrderSoFar, alike_of, rows_of_all
+from opacus_pi.attribution.lookalikes import (
+    OrderSoFar,
+    alike_of,
+    charged,
+    rows_of_all,
+)
 from opacus_pi.attribution.model_inputs import SharedRows
 from opacus_pi.attribution.other_batches import OtherBatches
 from opacus_pi.attribution.rows_of_others import RowsOfOthers
@@ -264,6 +270,7 @@ class Tracker:
         self._sizes = InputSizes(self.batch_dim)
         self._others = RowsOfOthers(self.batch_dim)
         self._shared_rows, self._order = SharedRows(), OrderSoFar()
+        self._num_differing: Tensor | int = 0  # copies, not read yet
         self.contents = ItemContents()
         self._entered: list[Delivery] = []
         self._num_backward = 0
@@ -592,11 +599,19 @@ class Tracker:
         return newest is not None and not newest.clipped
 
     # --------------------------------------------------------------- what it answers
-    def attribute(self, sizes: Sequence[int], *, clipped_only: bool = False) -> Indices:
+    def attribute(
+        self,
+        sizes: Sequence[int],
+        *,
+        norms: Tensor | None = None,
+        clipped_only: bool = False,
+    ) -> Indices:
         """Return the data-set indices of the samples that enter the update.
 
         Args:
             sizes: How many samples each backward pass since the last call had.
+            norms: Norms of all samples, ``(sum(sizes),)``, which show whether copies
+                of one example have different gradients; None: not known.
             clipped_only: Whether only complete passes of ghost clipping count.
 
         Returns:
@@ -607,12 +622,50 @@ class Tracker:
             AccountingError: If the tracker is strict and a sample is uncertain.
         """
         passes = self.take_attributed(sizes, clipped_only=clipped_only)
-        indices = indices_of(passes)
-        alike = alike_of(passes)
-        if len(alike):
+        indices, unclear = indices_of(passes), alike_of(passes)
+        differ = None if norms is None else charged(norms, passes).differ
+        if differ is not None:
+            self._note_copies(differ)
+            unclear = np.append(unclear, np.flatnonzero(differ.cpu().numpy()))
+        if len(unclear):
             indices = indices.copy()
-            indices[alike] = UNATTRIBUTED
+            indices[unclear] = UNATTRIBUTED
         return indices
+
+    def charged(self, norms: Tensor, passes: Sequence[ForwardPass]) -> Tensor:
+        """Charge samples whose order is not known the largest of their norms.
+
+        Args:
+            norms: Norms of all samples, ``(b,)``.
+            passes: The passes that ``take_attributed`` returned for them.
+
+        Returns:
+            ``(b,)``; the same tensor if there are no such samples.
+
+        Raises:
+            AccountingError: If the tracker is strict, and copies of one example have
+                different norms.
+        """
+        found = charged(norms, passes)
+        if found.differ is not None:
+            self._note_copies(found.differ)
+        return found.norms
+
+    def _note_copies(self, differ: Tensor) -> None:
+        """Count copies with different norms, on an accelerator without reading them.
+
+        Args:
+            differ: Which samples are such copies, bool ``(b,)``.
+        """
+        self._num_differing = self._num_differing + differ.sum()
+        if differ.is_cpu or self.strict:
+            self._read_copies()
+
+    def _read_copies(self) -> None:
+        """Count the copies with different norms that were found up to now."""
+        num, self._num_differing = int(self._num_differing), 0
+        if num:
+            self._note(EQUAL_COPIES, num)
 
     def take_attributed(
         self, sizes: Sequence[int], *, clipped_only: bool = False
@@ -672,6 +725,7 @@ class Tracker:
             for link in ("identity", "rows"):
                 chain.check(link, _EVIDENCE[link])
         self._note_doubtful_inputs()
+        self._read_copies()
         self._report_unknown(chain)
         self._report_other_inputs(chain)
         self.report_left_out(chain)
@@ -687,7 +741,9 @@ class Tracker:
                 doubt = OWN_BATCHES
         if doubt is not None:
             chain.leave_unchecked("identity", doubt.explanation, warn=doubt.is_said)
-        if self._order.is_doubtful:
+        if self._order.is_doubtful or (
+            self._order.are_copies_doubtful and EQUAL_COPIES.name in self.causes
+        ):
             chain.leave_unchecked("identity", TRUSTED.explanation, warn=False)
         for cause in (CAUSES[name] for name in self.causes):
             if cause in _BREAKING:

@@ -365,7 +365,7 @@ class _FromGradSamples(_ReportingOptimizer):
         self._pi_listed = None  # the filter changes them
         positions, norms = update.gate.admit(
             self.params,
-            update.tracker.attribute(self._pi_batch_sizes()),
+            update.tracker.attribute(self._pi_batch_sizes(), norms=norms),
             norms,
             noise_std=noise_std_of(self),
             max_grad_norm=clip_norm_of(self),

@@ -20,7 +20,6 @@ from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 from torch import Tensor, nn
 
 from opacus_pi.attribution import Tracker
-from opacus_pi.attribution.lookalikes import largest_of_alike
 from opacus_pi.attribution.tracker import indices_of
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
@@ -180,10 +179,11 @@ class UpdateUnderWay:
             self.outside_calls.gradients_were_used()
         if self.loop_loss is not None:
             self.loop_loss.compare(passes, norms)
+        norms = self.tracker.charged(norms, passes)
         # nearly always: one batch as it was delivered, whose indices are distinct
         examples = passes[0].distinct_indices() if len(passes) == 1 else None
         if examples is None:
-            self.add_samples(indices_of(passes), largest_of_alike(norms, passes))
+            self.add_samples(indices_of(passes), norms)
         else:
             self._report(examples, norms, distinct=True)
 

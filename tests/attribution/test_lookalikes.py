@@ -8,7 +8,7 @@ import torch
 
 from opacus_pi.attribution import UNATTRIBUTED, Tracker
 from opacus_pi.attribution.causes import ALIKE, EQUAL_INPUTS, REPEATED, TRUSTED
-from opacus_pi.attribution.lookalikes import Alike, largest_of_alike, matched, refined
+from opacus_pi.attribution.lookalikes import Alike, charged, matched, refined
 from opacus_pi.custody import Chain
 
 WIDTH = 3
@@ -210,11 +210,23 @@ def test_matching_uses_every_sample_once():
 
 def test_the_largest_norm_of_each_group_is_charged():
     class Pass:
-        def __init__(self, num, *groups):
+        def __init__(self, num, *groups, copies=()):
             self.num_samples = num
             self.alike = tuple(Alike(np.array(g), np.array(g)) for g in groups)
+            self.copies = tuple(Alike(np.array(g), np.array(g)) for g in copies)
 
     norms = torch.tensor([1.0, 3.0, 2.0, 5.0, 4.0])
     passes = [Pass(3, [0, 2]), Pass(2, [0, 1])]
-    assert largest_of_alike(norms, passes).tolist() == [2.0, 3.0, 2.0, 5.0, 5.0]
-    assert largest_of_alike(norms, [Pass(5)]) is norms
+    found = charged(norms, passes)
+    assert found.norms.tolist() == [2.0, 3.0, 2.0, 5.0, 5.0]
+    assert found.differ is None
+    assert charged(norms, [Pass(5)]).norms is norms
+    found = charged(norms, [Pass(3), Pass(2, copies=[[0, 1]])])
+    assert found.norms.tolist() == [1.0, 3.0, 2.0, 5.0, 5.0]
+    assert found.differ.tolist() == [False] * 3 + [True] * 2
+    found = charged(norms, [Pass(5, [0, 1], copies=[[1, 2], [3, 4]])])
+    assert found.norms.tolist() == [3.0, 3.0, 3.0, 5.0, 5.0]
+    close = torch.tensor([1.0, 1.0001, 1e-9, 3e-9])
+    found = charged(close, [Pass(4, copies=[[0, 1], [2, 3]])])
+    assert found.norms.tolist() == close[[1, 1, 3, 3]].tolist()
+    assert not found.differ.any()

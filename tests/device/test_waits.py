@@ -12,6 +12,8 @@ import opacus
 import pytest
 import torch
 
+from opacus_pi.attribution import Tracker
+from opacus_pi.attribution.causes import EQUAL_COPIES
 from opacus_pi.attribution.samples import DelayedChecksums
 from opacus_pi.custody import Chain
 from opacus_pi.custody.loss_factors import LossFactors
@@ -57,6 +59,22 @@ def test_entries_are_fetched_once():
     assert content.checksums.shape == (3,)
     assert content.entries.shape[0] == 3
     assert before.waits() == 1
+
+
+def test_copies_with_other_gradients_are_counted_without_a_wait():
+    tracker, x = Tracker(), torch.randn(4, 5)
+    x[1] = x[2]
+    tracker.delivered([0, 1, 2, 3], (x, torch.tensor([0, 1, 1, 0])))
+    tracker.mark_backward(tracker.bind(x[[3, 2, 0, 1]]))
+    passes = tracker.take_attributed([4])
+    norms = torch.tensor([1.0, 2.0, 3.0, 4.0], device=NAME)
+    with without_waits():
+        charged = tracker.charged(norms, passes)
+    assert charged.tolist() == [1.0, 4.0, 3.0, 4.0]
+    assert not tracker.causes
+    with pytest.warns(UserWarning, match="gradients differ"):
+        tracker.report_to(Chain())
+    assert tracker.causes == {EQUAL_COPIES.name: 2}
 
 
 def test_a_wait_can_be_made_an_error():
