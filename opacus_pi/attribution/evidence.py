@@ -72,6 +72,7 @@ from opacus_pi.attribution.model_inputs import (
     SharedRows,
     lost_order,
 )
+from opacus_pi.attribution.mixtures import are_near_own
 from opacus_pi.attribution.own_numbers import are_own
 from opacus_pi.attribution.samples import DelayedChecksums
 
@@ -229,7 +230,7 @@ def _agreed(
     moved = [_is_of_others(given, positions, delivery) & is_clear for given in beside]
     disagree |= np.any(moved, axis=0)
     rest = positions < 0
-    places, cause = _assumed_places(found, rest)
+    places, cause = _assumed_places(found, rest, deciding, order)
     is_assumed = rest if places is not None and rest.any() else None
     positions = positions if places is None else np.where(rest, places, positions)
     indices = _at(cast(Indices, delivery.index_array), positions)
@@ -427,18 +428,25 @@ def _is_ambiguous(
 
 
 def _assumed_places(
-    found: list[Finding], rest: NDArray[np.bool_]
+    found: list[Finding],
+    rest: NDArray[np.bool_],
+    deciding: list[Input],
+    order: OrderSoFar,
 ) -> tuple[Indices | None, Cause | None]:
     """Decide whether samples that no input shows may be assumed to be in their places.
 
     They may if their memory is that of a delivered sample. Otherwise they may if the
     batch has as many samples as were delivered, all others are in their places, and
     unknown ones lie between known ones. A batch in which some samples were transformed
-    looks like this; a batch put together from two sources does not.
+    looks like this; a batch put together from two sources does not. If the unknown ones
+    are all at one end, they must be like the delivered samples in their places, or the
+    loop must have transformed some samples of an earlier batch.
 
     Args:
         found: The findings of the inputs.
         rest: Mask of the samples that the inputs do not show.
+        deciding: These inputs.
+        order: What earlier passes have shown; notes whether some samples are changed.
 
     Returns:
         The positions that are assumed, and why they are uncertain; None and None if
@@ -450,10 +458,33 @@ def _assumed_places(
     is_alike = any((f.positions[rest] == LOOKS_ALIKE).any() for f in found)
     if any(f.cause is not NOT_DELIVERED for f in found):
         return None, None
+    if is_alike or not rest.any() or not all(f.is_in_place for f in found):
+        return None, None
     num_changes = np.count_nonzero(np.diff(rest.astype(np.int8)))
-    if not is_alike and num_changes > 1 and all(f.is_in_place for f in found):
+    order.changes_some |= num_changes > 1
+    is_usual = num_changes > 1 or (order.changes_some and not order.has_moved)
+    if is_usual or _are_like_delivered(deciding, found[0].delivery, rest):
         return np.arange(len(rest)), COMPUTED
     return None, None
+
+
+def _are_like_delivered(
+    deciding: list[Input], delivery: Delivery, rest: NDArray[np.bool_]
+) -> bool:
+    """Return whether an input has samples that were computed from those in their place.
+
+    Args:
+        deciding: The inputs that show some samples.
+        delivery: The batch, which has as many samples.
+        rest: Mask of the samples that the inputs do not show, bool ``(b,)``.
+    """
+    rows = np.flatnonzero(rest)
+    return any(
+        given.content.width == before.width
+        and are_near_own(given.content.entries, before.entries, rows)
+        for given in deciding
+        for before in delivery.all_contents()
+    )
 
 
 def _causes_of(found: list[Finding], rest: NDArray[np.bool_]) -> Counter[Cause]:

@@ -201,10 +201,11 @@ class OrderSoFar:
         moves_in_place: Whether that was in the memory that was delivered.
         num_trusted: How many samples that look alike were taken to be in their places.
         num_copies_trusted: How many copies were, before the order was known to be kept.
+        changes_some: Whether the loop was seen to change some samples in their places.
     """
 
     def __init__(self) -> None:
-        self.has_moved = self.moves_in_place = False
+        self.has_moved = self.moves_in_place = self.changes_some = False
         self.num_trusted = self.num_copies_trusted = 0
         self._bits = 0.0
 

@@ -1,4 +1,4 @@
-"""Detect samples that were changed into mixtures or copies of other samples.
+"""Compare changed samples with what they, and the other samples, were before.
 
 A transform may change every sample, so that none is recognised. ``made_of_others``
 compares the entries of all samples before and after it. It finds the two changes by
@@ -7,7 +7,8 @@ and samples that were moved and scaled.
 
 *Guarantee.* A sample that is reported as mixed or moved equals, up to rounding, a
 mixture with or a copy of another sample, and is not explained by its own old values. A
-copy of another sample is not reported as a mixture.
+copy of another sample is not reported as a mixture. ``are_near_own`` finds samples of
+which only a part was changed, or all a little.
 
 *What breaks it.* Other changes look like an augmentation of each sample on its own.
 With fewer than four entries in a sample, or more than 128 samples in a batch, nothing
@@ -26,13 +27,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["OtherSamples", "made_of_others", "num_mixed"]
+__all__ = ["OtherSamples", "are_near_own", "made_of_others", "num_mixed"]
 
 Entries = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 _CLOSE = 1e-4  # of a sample's length: what is closer than this is equal to it
 _MIN_ENTRIES = 4  # with fewer, every sample is a sum of two others
 _MAX_COMPARED = 128  # samples that are compared with all others
+_NEAR = 0.5  # of the distance to the nearest other sample
+_MAX_NEAR = 32  # samples of which the distances to all others are computed
 
 
 class OtherSamples(NamedTuple):
@@ -65,6 +68,32 @@ def made_of_others(now: Entries, before: Entries) -> OtherSamples:
     is_spliced = _are_spliced(now, before, before)
     mixed = (is_sum.any(axis=1) | is_spliced) & ~is_copy
     return OtherSamples(mixed, is_copy & ~is_own)
+
+
+def are_near_own(now: Entries, before: Entries, rows: NDArray[np.int64]) -> bool:
+    """Return whether most of some samples are much nearer to their own old values.
+
+    Of the distance to the nearest other sample it is at most a half, either in the
+    number of entries that differ, as after a masking, or in their size, as after small
+    noise. Samples that were made independently of the batch are not.
+
+    Args:
+        now: Entries of each sample after a change, ``(b, k)``.
+        before: The same entries before it.
+        rows: int64 ``(n,)``: the samples that were changed; some of many are compared.
+    """
+    if now.shape != before.shape or now.shape[1] < _MIN_ENTRIES or len(now) < 2:
+        return False
+    rows = rows[:: -(-len(rows) // _MAX_NEAR)]
+    num_near = 0
+    for row in rows.tolist():
+        with np.errstate(all="ignore"):  # infinite entries
+            changes = np.abs(before - now[row])
+        for distances in (np.count_nonzero(changes, axis=1), changes.sum(axis=1)):
+            if distances[row] <= _NEAR * np.delete(distances, row).min():
+                num_near += 1
+                break
+    return 2 * num_near > len(rows)
 
 
 def num_mixed(

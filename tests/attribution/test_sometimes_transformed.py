@@ -162,6 +162,88 @@ def test_the_norms_are_those_of_the_transformed_examples():
         assert norm == pytest.approx(run.norm(x, run.y[i]), rel=1e-4)
 
 
+# ------------------------------------------------------------- a part of the samples
+def masked(x):
+    x = x.clone()
+    x[torch.arange(len(x)), torch.arange(len(x)) % WIDTH] = 9.0
+    return x
+
+
+def noisy(x):
+    return x + 0.05 * torch.randn_like(x)
+
+
+AT_AN_END = {
+    "the last": slice(BATCH - 1, None),
+    "the first": slice(1),
+    "the last ones": slice(3, None),
+    "the first ones": slice(5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Samples are attributed without")
+@pytest.mark.parametrize("change", [masked, noisy])
+@pytest.mark.parametrize("kept", AT_AN_END.values(), ids=AT_AN_END)
+@pytest.mark.parametrize("others_change", [True, False])
+def test_samples_at_an_end_may_be_unchanged(kept, change, others_change):
+    """All others of the batch are computed from the samples in their places."""
+    run, true = Run(), []
+    for x, y in run.loader:
+        other = change(x) if others_change or run.num == 1 else x
+        if run.num == 1:
+            other[kept] = x[kept]
+        true += [run.norm(*pair) for pair in zip(other, y, strict=True)]
+        run.step(other, y)
+    assert run.causes == {COMPUTED.name}
+    assert run.engine.attribution["unattributed"] == 0
+    assert [norm for _, norm in sorted(run.log.reports)] == pytest.approx(true, 1e-4)
+    assert run.link("identity").state == "unchecked"
+    assert run.link("draw").state == "checked"
+
+
+def flipped(x):
+    return x.flip(-1)
+
+
+@pytest.mark.filterwarnings("ignore:Samples are attributed without")
+def test_a_loop_that_changes_some_samples_may_leave_those_at_an_end():
+    run = Run()
+    for x, y in run.loader:
+        other, num = flipped(x), run.num
+        kept = AT_AN_END["the last ones"] if num else torch.tensor([1, 4, 6])
+        other[kept] = x[kept]
+        run.step(other, y)
+    assert run.causes == {COMPUTED.name}
+
+
+def with_generated(x, run):
+    return torch.randn_like(x)
+
+
+def with_old(x, run):
+    return noisy(run.x[:BATCH])
+
+
+def with_permuted(x, run):
+    return masked(x.flip(0))
+
+
+@pytest.mark.filterwarnings("ignore:.*ample")
+@pytest.mark.parametrize("kept", AT_AN_END.values(), ids=AT_AN_END)
+@pytest.mark.parametrize("change", [with_generated, with_old, with_permuted])
+def test_other_samples_at_an_end_are_unattributed(kept, change):
+    run = Run()
+    for x, y in run.loader:
+        other = x
+        if run.num == 1:
+            other = change(x, run)
+            other[kept] = x[kept]
+        run.step(other, y)
+    num_kept = len(range(BATCH)[kept])
+    assert run.engine.attribution["unattributed"] == BATCH - num_kept
+    assert COMPUTED.name not in run.causes
+
+
 # -------------------------------------------------------------- not the latest batch
 def replayed_after(run):
     """A second update for each batch, on inputs of long ago."""
