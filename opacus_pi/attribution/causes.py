@@ -230,10 +230,10 @@ EQUAL_COPIES = Cause(
 TRUSTED = Cause(
     "examples with equal inputs were assumed to be in their places",
     "unchecked",
-    "Some examples of a batch have equal inputs, and the loop "
-    "gave the model copies of them. They were assumed to be in the delivered order, "
-    "like all other samples until then, but later the loop moved samples. Give the "
-    "model the tensors that the data loader delivered.",
+    "Some examples of a batch have equal inputs, and the loop gave the model copies of "
+    "them. They were assumed to be in the delivered order, like all other samples "
+    "until then, but later the loop moved samples. Give the model the tensors that the "
+    "data loader delivered.",
 )
 # ------------------------------------------------------------- between model and update
 UNSEEN = Cause(

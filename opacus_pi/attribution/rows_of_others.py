@@ -238,7 +238,7 @@ def _positions(
     order = np.argsort(by_index, kind="stable")
     at = np.minimum(np.searchsorted(by_index[order], indices), len(order) - 1)
     found: Indices = order[at]
-    is_known = by_index[found] == indices
+    is_known = (by_index[found] == indices) & (indices >= 0)
     if is_known.all():
         return found
     is_whole = len(indices) == len(places) and not has_moved

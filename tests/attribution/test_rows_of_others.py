@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from opacus_pi import AccountingError, PrivacyEngine
 from opacus_pi.attribution import Tracker
@@ -269,3 +269,52 @@ def test_a_loop_that_permutes_the_batch_is_not_said_to_have_entries_of_others():
         tracker.saw_call(forward, given, tuple(given), {})
         notes += forward.notes
     assert not notes
+
+
+class WithIds(nn.Module):
+    """A model that may be given an id beside each example."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 3)
+
+    def forward(self, x, ids=None):
+        return self.layer(x) if ids is None else self.layer(x + 1e-3 * ids[:, None])
+
+
+@pytest.mark.parametrize(
+    ("with_ids", "ids", "is_said"),
+    [
+        (False, lambda ids: (), False),
+        (True, lambda ids: (ids,), False),
+        (True, lambda ids: (drawn(ids),), True),
+    ],
+    ids=["alone", "own ids", "ids of others"],
+)
+def test_unattributed_samples_are_not_taken_for_entries_of_others(
+    with_ids, ids, is_said
+):
+    """The indices of a subset change, which makes no gradient depend on others."""
+    torch.manual_seed(0)
+    tensors = torch.randn(48, WIDTH), torch.randint(3, (48,)), torch.arange(48)
+    subset = Subset(TensorDataset(*tensors[: 2 + with_ids]), list(range(24)))
+    engine, model = PrivacyEngine(), WithIds()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model, optimizer, loader = engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(subset, batch_size=6),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+        )
+        for _ in range(6):
+            for x, y, *z in loader:
+                optimizer.zero_grad()
+                functional.cross_entropy(model(x, *ids(*z or [x])), y).backward()
+                optimizer.step()
+            subset.indices = torch.randperm(48)[:24].tolist()
+        with pytest.raises(AccountingError, match="returned for another index before"):
+            engine.ledger  # noqa: B018
+    assert any(SAID in str(w.message) for w in said) == is_said
