@@ -66,13 +66,13 @@ from opacus_pi.attribution.lookalikes import (
     rows_of_all,
     settled,
 )
+from opacus_pi.attribution.mixtures import are_near_own
 from opacus_pi.attribution.model_inputs import (
     Finding,
     Input,
     SharedRows,
     lost_order,
 )
-from opacus_pi.attribution.mixtures import are_near_own
 from opacus_pi.attribution.own_numbers import are_own
 from opacus_pi.attribution.samples import DelayedChecksums
 
