@@ -470,7 +470,7 @@ class ForwardPass:
         ours, theirs = cast(Indices, self.indices), cast(Indices, other.indices)
         indices = np.where(ours == UNATTRIBUTED, theirs, ours)
         is_known = indices != UNATTRIBUTED
-        is_assumed = is_known & ~(self._were_seen | other._were_seen)
+        is_assumed = is_known & ~(self.were_seen | other.were_seen)
         causes = Counter(self.unattributed) | Counter(other.unattributed)
         most = [] if is_known.all() else causes.most_common(1)
         self.unattributed = {cause: int((~is_known).sum()) for cause, _ in most}
@@ -478,7 +478,7 @@ class ForwardPass:
         self._indices, self.is_assumed = indices, is_assumed
 
     @property
-    def _were_seen(self) -> NDArray[np.bool_]:
+    def were_seen(self) -> NDArray[np.bool_]:
         """Mask of the samples that were recognised, not assumed, bool ``(b,)``."""
         seen: NDArray[np.bool_] = cast(Indices, self.indices) != UNATTRIBUTED
         return seen if self.is_assumed is None else seen & ~self.is_assumed

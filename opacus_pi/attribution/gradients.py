@@ -133,6 +133,9 @@ def _joined(passes: list[ForwardPass]) -> list[ForwardPass]:
 def _joint(one: ForwardPass, other: ForwardPass) -> ForwardPass | None:
     """Return the stronger of two passes that may be joined; None if they may not."""
     notes = dict.fromkeys((*one.notes, *other.notes))
+    are_assumed = one.is_assumed is not None or other.is_assumed is not None
+    if are_assumed and _may_complete(one, other):
+        return _completed(one, other)
     if _are_same_samples(one.indices, other.indices):
         joint = other if other.is_recognised and not one.is_recognised else one
         if _has_computed_input(one) != _has_computed_input(other):
@@ -205,7 +208,7 @@ def _completed(one: ForwardPass, other: ForwardPass) -> ForwardPass:
         other: A pass that may complete it.
     """
     notes = dict.fromkeys((*one.notes, *other.notes))
-    if not np.array_equal(cast(Indices, one.indices), cast(Indices, other.indices)):
+    if not np.array_equal(one.were_seen, other.were_seen):
         notes[ANOTHER_INPUT] = None  # some samples were recognised in one pass only
     if other.is_whole_delivery:
         one, other = other, one

@@ -6,6 +6,7 @@ import torch
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.causes import (
     ANOTHER_INPUT,
+    COMPUTED,
     MISMATCH,
     NOT_DELIVERED,
     PASSES_DISAGREE,
@@ -49,9 +50,9 @@ JOINED = [
     ((range(4), range(2, 8)), ALL, ()),
     ((ALL, [0]), ALL, ()),
     (([0], ALL), ALL, ()),
-    (([0], [0]), [0], ()),
-    (([0, 1], [6, 7]), [0, 1, 6, 7], ()),
-    (([0], [1]), [0, 1], range(2, 8)),  # unknown ones lie between known ones
+    (([0], [0]), [0], range(1, 8)),
+    (([0, 1], [6, 7]), [0, 1, 6, 7], range(2, 6)),
+    (([0], [1]), [0, 1], range(2, 8)),
     ((range(3), range(2, 5), range(4, 8)), ALL, ()),
 ]
 
@@ -60,16 +61,15 @@ JOINED = [
 def test_samples_that_either_pass_shows_are_known(kept, known, assumed):
     loop = Loop()
     forward = loop.take(*[loop.masked(one) for one in kept])
-    expected = [SIZE + i if i in known or i in assumed else -1 for i in ALL]
-    assert forward.indices.tolist() == expected
+    assert forward.indices.tolist() == [SIZE + i for i in ALL]
     were_assumed = forward.is_assumed
     found = [] if were_assumed is None else were_assumed.nonzero()[0].tolist()
     assert found == list(assumed)
     assert (ANOTHER_INPUT in loop.causes) == (len(set(map(tuple, kept))) > 1)
-    assert (NOT_DELIVERED in loop.causes) == (-1 in expected)
-    assert not loop.causes & {PASSES_DISAGREE, MISMATCH}
+    assert (COMPUTED in loop.causes) == bool(assumed)
+    assert not loop.causes & {NOT_DELIVERED, PASSES_DISAGREE, MISMATCH}
     assert loop.tracker.counts["by_content"] == len(known)
-    assert loop.tracker.counts["unattributed"] == expected.count(-1)
+    assert loop.tracker.counts["unattributed"] == 0
 
 
 DIFFERENT = [
