@@ -532,7 +532,10 @@ def assumed(
         missing = NO_INDICES if recent else NO_DELIVERY
         return ForwardPass(None, "", None, missing, num_inputs=size)
     latest = recent[0]
-    if latest.num_recognised and not is_view:
+    is_cheap = all(content.is_on_host for content in latest.all_contents())
+    is_compared = is_cheap or not latest.num_recognised
+    numbers = _numbers_kept(tensors, dim, latest) if is_compared else None
+    if latest.num_recognised and numbers is None and not is_view:
         return ForwardPass(None, "", None, NOT_DELIVERED, num_inputs=size)
     indices = cast(Indices, latest.index_array)
     reason = None
@@ -551,7 +554,7 @@ def assumed(
     unattributed = Counter[Cause]()
     if num_unknown := int(np.count_nonzero(indices == UNATTRIBUTED)):
         unattributed[latest.identity.cause] = num_unknown
-    evidence, numbers = "by_latest", _numbers_kept(tensors, dim, latest)
+    evidence = "by_latest"
     if numbers is not None:
         are_different = len(np.unique(numbers, axis=0)) == len(numbers)
         evidence, cause = ("by_content" if are_different else evidence), EQUAL_NUMBERS

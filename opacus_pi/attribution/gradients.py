@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from opacus_pi.attribution.causes import (
     ANOTHER_INPUT,
     ANOTHER_PASS,
+    EQUAL_NUMBERS,
     MISMATCH,
     NOT_DELIVERED,
     PASSES_DISAGREE,
@@ -99,11 +100,14 @@ def _without_guesses(done: list[ForwardPass]) -> list[ForwardPass]:
     """Withdraw assumptions about a batch that was recognised in another pass.
 
     Inputs that were not recognised do not come from a batch that was itself given to
-    the model.
+    the model, unless they are its numbers, one for each sample.
     """
     certain = {id(f.delivery) for f in done if f.is_recognised}
     return [
-        f.without_indices(NOT_DELIVERED) if id(f.latest) in certain else f for f in done
+        f.without_indices(NOT_DELIVERED)
+        if id(f.latest) in certain and f.cause is not EQUAL_NUMBERS
+        else f
+        for f in done
     ]
 
 
