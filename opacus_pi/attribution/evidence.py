@@ -460,7 +460,7 @@ def _assumed_places(
         return None, None
     if is_alike or not rest.any() or not all(f.is_in_place for f in found):
         return None, None
-    num_changes = np.count_nonzero(np.diff(rest.astype(np.int8)))
+    num_changes = int(np.count_nonzero(np.diff(rest.astype(np.int8))))
     order.changes_some |= num_changes > 1
     is_usual = num_changes > 1 or (order.changes_some and not order.has_moved)
     if is_usual or _are_like_delivered(deciding, found[0].delivery, rest):

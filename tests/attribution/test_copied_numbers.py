@@ -1,4 +1,4 @@
-"""Copies of examples that are one number in each tensor, in several passes of a loss."""
+"""Copies of examples that are one number in each tensor, in two passes of a loss."""
 
 import warnings
 
