@@ -532,9 +532,7 @@ def assumed(
         missing = NO_INDICES if recent else NO_DELIVERY
         return ForwardPass(None, "", None, missing, num_inputs=size)
     latest = recent[0]
-    is_cheap = all(content.is_on_host for content in latest.all_contents())
-    is_compared = is_cheap or not latest.num_recognised
-    numbers = _numbers_kept(tensors, dim, latest) if is_compared else None
+    numbers = _numbers_kept(tensors, dim, latest)
     if latest.num_recognised and numbers is None and not is_view:
         return ForwardPass(None, "", None, NOT_DELIVERED, num_inputs=size)
     indices = cast(Indices, latest.index_array)
@@ -621,8 +619,12 @@ def _numbers_kept(tensors: list[Tensor], dim: int, latest: Delivery) -> Indices 
     Returns:
         int64 ``(b, m)``, one column for each input; None unless each of them has one
         number for each sample, these are those of a delivered tensor in its order, and
-        they are not the same for all samples.
+        they are not the same for all samples. None, too, if the batch is on an
+        accelerator and was recognised already: nothing waits for a second pass.
     """
+    is_on_host = all(content.is_on_host for content in latest.all_contents())
+    if latest.num_recognised and not is_on_host:
+        return None
     inputs = [DelayedChecksums(tensor, dim) for tensor in tensors]
     delivered = [c.checksums for c in latest.all_contents() if c.width == 1]
     if any(given.width != 1 for given in inputs):
