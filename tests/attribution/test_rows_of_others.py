@@ -13,6 +13,7 @@ from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.causes import ROWS_OF_OTHERS
 
 USERS, ITEMS, NUM, SIZE, WIDTH = 40, 300, 96, 12, 6
+ASSUMED = "data set instead.", "within the model."
 SAID, QUIET = "more entries of other examples", "It is assumed that they were not"
 
 
@@ -206,7 +207,7 @@ def test_they_are_said_in_every_mode(mode):
 def test_entries_that_do_not_depend_on_the_batch_are_not_said(kind, name):
     rows, warned = train(OWN, kind, name, epochs=4)
     assert not warned and rows.state in ("checked", "unchecked")
-    assert rows.state == "checked" or rows.sentence.endswith("data set instead.")
+    assert rows.state == "checked" or rows.sentence.endswith(ASSUMED)
     assert SAID not in rows.sentence
 
 
