@@ -46,7 +46,8 @@ class ForwardProbe:
 
     def __init__(self) -> None:
         self._tracker: Callable[[], Tracker | None] = _none
-        self._saw_pass: list[Callable[[], SawPass | None]] = []
+        # functions, each with a reference to its object
+        self._saw_pass: list[tuple[Callable[[], Any], Callable[..., None]]] = []
         self._is_second_backward: Callable[[], bool] = _never
         self.handle: Any = None
 
@@ -71,7 +72,8 @@ class ForwardProbe:
                 their objects are held by weak references.
         """
         self._tracker = weakref.ref(tracker)
-        self._saw_pass = [weakref.WeakMethod(method) for method in saw_pass]
+        methods: Any = saw_pass
+        self._saw_pass = [(weakref.ref(m.__self__), m.__func__) for m in methods]
         self._is_second_backward = is_second_backward
 
     def __call__(
@@ -100,9 +102,9 @@ class ForwardProbe:
             ]
         if tracker.saw_pass is not None:
             tracker.saw_pass(forward, out)
-        for reference in self._saw_pass:
-            if (saw_pass := reference()) is not None:
-                saw_pass(args, kwargs, out)
+        for reference, saw_pass in self._saw_pass:
+            if (owner := reference()) is not None:
+                saw_pass(owner, args, kwargs, out)
         to_tracker, is_second_backward = self._tracker, self._is_second_backward
 
         def mark_backward(_: Tensor) -> None:

@@ -78,6 +78,7 @@ _CLOSED = (
 FEWEST_COMPARED = 256
 """Entries of a sample that its checksum looks at, at least, if it has so many."""
 _MAX_ENTRIES = 2 * FEWEST_COMPARED  # that it looks at
+_FEWEST_FOR_NUMPY = 8192  # entries of tensors that NumPy compares faster than torch
 _WEIGHTS = (  # odd, so that no entry is lost modulo 2^64
     np.random.default_rng(0).integers(1, 2**62, _MAX_ENTRIES, dtype=np.int64) * 2 + 1
 )
@@ -329,7 +330,7 @@ class DelayedChecksums:
 
     def are_entries_of(self, tensor: Tensor, dim: int) -> bool:
         """Return whether a tensor of the same shape has the same numbers here."""
-        same = torch.equal(self._entries, entries_looked_at(tensor, dim, self.width))
+        same = _are_equal(self._entries, entries_looked_at(tensor, dim, self.width))
         if self.whole is None or not same:
             return same
         return np.array_equal(self.whole, whole_checksums(tensor, dim))
@@ -387,6 +388,17 @@ def entries_looked_at(tensor: Tensor, dim: int, width: int) -> Tensor:
         return samples
     places = _places_on(samples.device, width)
     return samples.view(samples.shape[0], width).index_select(1, places)
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Return what ``torch.equal`` does, of two tensors of the same type and shape.
+
+    NumPy is three times as fast where there are many entries.
+    """
+    is_large = one.dtype is torch.float32 and one.numel() >= _FEWEST_FOR_NUMPY
+    if not (is_large and one.is_cpu and other.is_cpu):
+        return torch.equal(one, other)
+    return bool((one.numpy() == other.resolve_neg().numpy()).all())
 
 
 class DeliveredTensor:

@@ -104,7 +104,7 @@ class DrawLink:
         """
         if self._is_poisson:
             entered = list(batches)
-            if any(batch.num_updates > 1 for batch in entered):
+            if any([batch.num_updates > 1 for batch in entered]):
                 self._chain.break_link("draw", _USED_TWICE)
                 return
             num = len({batch.draw for batch in entered}) if len(entered) > 1 else 1

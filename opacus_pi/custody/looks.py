@@ -45,18 +45,14 @@ class Looks:
 
     Attributes:
         num_past: How many were counted.
+        is_due: Whether the one under way, which was not counted yet, is looked at.
     """
 
     def __init__(self, numbers: Iterable[int] | None = None) -> None:
         self._numbers = None if numbers is None else iter(numbers)
         first = 1 if self._numbers is None else next(self._numbers, math.inf)
         self._next: float = first
-        self.num_past = 0
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the one under way, which was not counted yet, is looked at."""
-        return self._next <= self.num_past + 1
+        self.num_past, self.is_due = 0, first == 1
 
     @property
     def is_near(self) -> bool:
@@ -75,15 +71,15 @@ class Looks:
             is_done: Whether it was looked at, if it was to be; otherwise the one after
                 it is looked at instead.
         """
-        is_due = self.is_due
-        self.num_past += 1
-        if is_due and is_done:
+        was_due, self.num_past = self.is_due, self.num_past + 1
+        if was_due and is_done:
             if self._numbers is None:
                 self._next += min(self._next, _EVERY)
             else:
                 self._next = next(self._numbers, math.inf)
-        return is_due
+        self.is_due = self._next <= self.num_past + 1
+        return was_due
 
     def end(self) -> None:
         """Look at none any more."""
-        self._next = math.inf
+        self._next, self.is_due = math.inf, False

@@ -15,10 +15,10 @@ least three batches had equal sums up to rounding, while the largest share, as a
 multiple of the mean, was not the same. Nothing of the training changes.
 
 **What breaks it.** Losses other than cross entropies of one label a row, logits in half
-precision or of more than 2²² entries, logits of a correct class that are certain up to
-rounding, and runs of fewer than three updates are not judged. Nor are logits on an
-accelerator, because training would wait for them, and two batches of the same
-composition.
+precision or of more than 2²² entries (2¹⁸ on an accelerator, where they are kept until
+the ledger is read, so that training does not wait), logits of a correct class that are
+certain up to rounding, and runs of fewer than three updates are not judged. Nor are two
+batches of the same composition.
 """
 
 import random
@@ -37,6 +37,7 @@ __all__ = ["LossShares", "shares_of"]
 
 _NUM_BATCHES = 3
 _LARGEST = 2**22  # entries of the logits
+_LARGEST_KEPT = 2**18  # entries of logits that are kept on an accelerator
 _FITS = 1e-4  # of the gradients, which the form of a cross entropy leaves unexplained
 _SAME = 2e-5  # relative difference of sums that rounding may cause
 _OTHER = 1e-2  # relative difference of largest shares that is none of rounding
@@ -83,8 +84,10 @@ class LossShares:
         self._chain = chain
         self._looks = Looks(few_updates(random.Random(0)))
         self._kept: _Kept | None = None
+        self._awaited: list[tuple[Tensor, Tensor]] = []  # logits and gradients
         self._sums: list[float] = []
         self._largest: list[float] = []
+        chain.on_read(self._judge)
 
     def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         """Keep the logits of a pass, if this update is to be looked at.
@@ -103,13 +106,28 @@ class LossShares:
         self._kept = _Kept(copied, OutputGradients(leaves[0]))
 
     def run(self) -> None:
-        """Judge the shares of the pass that was kept, with those of earlier passes."""
+        """Judge the shares of the pass that was kept; on an accelerator, later."""
         self._looks.count()
         kept, self._kept = self._kept, None
         gradient = None if kept is None else kept.gradients.tensors().get(0)
-        if kept is None or gradient is None or self._chain.is_broken("loss"):
-            return
-        shares = shares_of(kept.logits, gradient)
+        if kept is not None and gradient is not None:
+            self._awaited.append((kept.logits, gradient))
+            if gradient.is_cpu:
+                self._judge()
+
+    def _judge(self) -> None:
+        """Judge the shares of all passes that were kept, with those of earlier ones."""
+        awaited, self._awaited = self._awaited, []
+        for logits, gradient in awaited:
+            if not self._chain.is_broken("loss"):
+                self._add(shares_of(logits.cpu(), gradient.cpu()))
+
+    def _add(self, shares: Tensor | None) -> None:
+        """Compare the shares of the examples of a batch with those of earlier ones.
+
+        Args:
+            shares: float64 ``(b,)``; None: they are not known.
+        """
         if shares is None or not float(shares.sum()) > 0:
             return
         self._sums.append(float(shares.sum()))
@@ -158,12 +176,11 @@ def _may_be_logits(output: Tensor) -> bool:
     """Return whether an output may be logits of at least two examples and classes."""
     return (
         output.dim() > 1
-        and output.is_cpu  # elsewhere the numbers would make each look wait
         and len(output) > 1
         and min(output.shape) > 0
         and output.requires_grad
         and output.dtype in (torch.float32, torch.float64)
-        and output.numel() <= _LARGEST
+        and output.numel() <= (_LARGEST if output.is_cpu else _LARGEST_KEPT)
     )
 
 

@@ -45,6 +45,7 @@ class SeenStates:
 
     def __init__(self, digests: Iterable[int] = (), num_bits: int = 0) -> None:
         self._kept, self._num_bits = set(digests), num_bits
+        self._mask = (1 << num_bits) - 1  # the bits that are 0 in digests that are kept
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -64,13 +65,9 @@ class SeenStates:
         self._kept.add(digest)
         while len(self._kept) > MAX_KEPT:
             self._num_bits += 1
+            self._mask = (1 << self._num_bits) - 1
             self._kept = {kept for kept in self._kept if not kept & self._mask}
         return True
-
-    @property
-    def _mask(self) -> int:
-        """The bits that are 0 in digests that are kept."""
-        return (1 << self._num_bits) - 1
 
     def state(self) -> Tensor:
         """Return the number of bits and then the digests, int64 ``(1 + k,)``."""

@@ -172,7 +172,7 @@ def charges_less(accountant: IAccountant | None, settings: Mapping[str, Any]) ->
     noise_std, clip_norm = settings["noise_std"], settings["max_grad_norm"]
     noise_std, rate = noise_std * (1 + _ALIKE), settings["sample_rate"] * (1 - _ALIKE)
     return bool(latest) and not any(
-        n * clip_norm <= noise_std and r >= rate for n, r in latest
+        [n * clip_norm <= noise_std and r >= rate for n, r in latest]
     )
 
 

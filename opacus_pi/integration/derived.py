@@ -202,7 +202,7 @@ def shadowed_method(optimizer: DPOptimizer) -> str | None:
     Args:
         optimizer: The optimizer, which may have been changed since it was prepared.
     """
-    if OPTIMIZER_METHODS.keys().isdisjoint(vars(optimizer)):
+    if OPTIMIZER_METHODS.keys().isdisjoint(vars(optimizer).keys()):
         return None
     name = next(n for n in OPTIMIZER_METHODS if n in vars(optimizer))
     owner = f"This {type(optimizer).__name__} object"

@@ -67,7 +67,8 @@ def number_in(optimizer: Any, name: str) -> float:
     Raises:
         TypeError: If it is ``None``, a text or a list.
     """
-    return _number(name, getattr(optimizer, name))
+    value = getattr(optimizer, name)
+    return value if type(value) is float else _number(name, value)  # in each update
 
 
 def require_noise(optimizer: Any, noise_std: float) -> None:

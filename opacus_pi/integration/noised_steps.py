@@ -82,7 +82,8 @@ class NoisedSteps:
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
-        self._noted, self._entries = NO_TENSORS, WeightSnapshot()
+        self._noted = NO_TENSORS
+        self._entries: WeightSnapshot | None = None  # of updates that are looked at
         self._used = SeenTensors()
         self._looks = Looks()
         self._searched: tuple[Any, ...] = ()  # numbers of hooks, step and class
@@ -97,8 +98,9 @@ class NoisedSteps:
         is_looked_at = self._looks.count()
         self._look_at(optimizer)
         gradients = _gradients(optimizer)
-        self._noted, self._entries = NotedTensors(gradients), WeightSnapshot()
+        self._noted, self._entries = NotedTensors(gradients), None
         if is_looked_at and not self._is_known:
+            self._entries = WeightSnapshot()
             self._entries.watch(gradients)
             self._entries.take()
 
@@ -138,7 +140,7 @@ class NoisedSteps:
         gradients = _gradients(optimizer)
         if _has_closure(args, kwargs) or not self._used.are(gradients):
             return False
-        self._noted, self._entries = NotedTensors(gradients), WeightSnapshot()
+        self._noted, self._entries = NotedTensors(gradients), None
         return True
 
     def step_was_made(self, optimizer: Optimizer) -> None:
@@ -164,8 +166,9 @@ class NoisedSteps:
 
     def _are_unchanged(self, optimizer: Optimizer) -> bool:
         """Return whether the gradients are those that were noted."""
-        are_noted = self._noted.are(_gradients(optimizer))
-        return are_noted and not self._entries.has_changed()
+        if not self._noted.are(_gradients(optimizer)):
+            return False
+        return self._entries is None or not self._entries.has_changed()
 
     def _look_at(self, optimizer: Optimizer) -> None:
         """Search hooks and class for gradients without noise, if they are new."""

@@ -212,7 +212,7 @@ class _ReportingOptimizer(DPOptimizer):
         self._pi_written.require_unchanged_sums()
         self._pi_chosen.update_is_made(self)
         self._pi_rates.update_is_made(self)
-        is_drawn_again = self._pi_update.is_drawn_again(self)
+        is_drawn_again = self._pi_update.is_drawn_again(self, noise_std)
         super().add_noise()
         self._pi_require_opacus()
         self._pi_require_noise(is_drawn_again)
@@ -317,7 +317,7 @@ class _FromGradSamples(_ReportingOptimizer):
             return self._pi_iterations
         iterations: int = super().accumulated_iterations
         if self._pi_iterations is not None:
-            self._pi_iterations = iterations
+            self.__dict__["_pi_iterations"] = iterations
         return iterations
 
     @property
@@ -333,16 +333,17 @@ class _FromGradSamples(_ReportingOptimizer):
 
         Listing them takes time, and copies them where there were several passes.
         """
+        own = self.__dict__  # each ``self.name = ...`` would call ``__setattr__``
         try:
             if self._pi_clips_first:
-                self._pi_listed = super().grad_samples
-                self._pi_iterations = 0 if self._pi_reads_norms_only else None
+                own["_pi_listed"] = super().grad_samples
+                own["_pi_iterations"] = 0 if self._pi_reads_norms_only else None
             goes_on: bool | None = super().pre_step(*args, **options)
         except ValueError as error:
             explain_unfinished(error, self.params)
             raise
         finally:
-            self._pi_listed = self._pi_iterations = None
+            own["_pi_listed"] = own["_pi_iterations"] = None
         return goes_on
 
     def clip_and_accumulate(self) -> None:
@@ -394,11 +395,11 @@ class _FromGradSamples(_ReportingOptimizer):
         del held  # concatenated copies, if there were several passes
         reads_norms_only = self._pi_reads_norms_only and self._pi_require_opacus()
         is_column = reads_norms_only and has_same_types
-        self._pi_listed = [norms.unsqueeze(1)] if is_column else None
+        self.__dict__["_pi_listed"] = [norms.unsqueeze(1)] if is_column else None
         try:
             super().clip_and_accumulate()
         finally:
-            self._pi_listed = None
+            self.__dict__["_pi_listed"] = None
         return norms
 
     def _pi_joint_norms(self, by_parameter: list[Tensor]) -> Tensor:

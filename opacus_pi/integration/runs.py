@@ -228,6 +228,7 @@ class PreparedRun:
             )
             if preparation.criterion is None:
                 self.loss_shares = LossShares(self.chain)
+                self.chain.keep_while(self.module, self.loss_shares)
 
     def observe(self) -> RunState:
         """Have the forward passes of the model and the batches of the loader observed.

@@ -241,13 +241,14 @@ class UpdateUnderWay:
         if self.outside_calls is not None:
             self.outside_calls.gradients_were_cleared()
 
-    def is_drawn_again(self, optimizer: DPOptimizer) -> bool:
+    def is_drawn_again(self, optimizer: DPOptimizer, noise_std: float) -> bool:
         """Return whether noise is about to be drawn that was drawn before.
 
         Args:
             optimizer: The optimizer that is about to add noise.
+            noise_std: The standard deviation of the noise.
         """
-        draws = noise_std_of(optimizer) > 0 and not optimizer.secure_mode
+        draws = noise_std > 0 and not optimizer.secure_mode
         rank = int(getattr(optimizer, "rank", 0))  # only the first process draws
         if not draws or self.is_superseded or rank:
             return False

@@ -32,7 +32,6 @@ def look_for_wrapper_hooks(hooks: AbstractGradSampleHooks, chain: Chain) -> None
         hooks: What ``make_private`` returned for the model.
         chain: The chain of custody of the run.
     """
-    if not isinstance(hooks, nn.Module):
-        return
-    if any(not is_hook_of_opacus(hook) for hook in forward_hooks(hooks).values()):
+    present = forward_hooks(hooks) if isinstance(hooks, nn.Module) else None
+    if present and not all(map(is_hook_of_opacus, present.values())):
         chain.leave_unchecked("model", _HOOKED)

@@ -313,8 +313,7 @@ class _NoteAfterLayer(ReportingHook):
 
     def __call__(self, *_: Any) -> None:
         """Note what Opacus's hook, which has run before, has written."""
-        written = self.owner
-        if written is not None:
+        if (written := self.owner) is not None:
             written.note(self.about)
 
 

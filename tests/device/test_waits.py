@@ -17,6 +17,7 @@ from opacus_pi.attribution.causes import EQUAL_COPIES
 from opacus_pi.attribution.samples import DelayedChecksums
 from opacus_pi.custody import Chain
 from opacus_pi.custody.loss_factors import LossFactors
+from opacus_pi.custody.loss_shares import LossShares
 from tests.device.simulated import NAME, Counts, without_float64, without_waits
 from tests.device.test_training import assert_same_ledgers
 from tests.device.trainings import MODES, train_privately
@@ -118,3 +119,24 @@ def test_factors_of_losses_are_compared_when_the_chain_is_read(weights, says):
     assert says in link.sentence
     (unseen,) = [x for x in Chain().custody().links if x.name == "loss"]
     assert (link != unseen) == bool(says)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 4.0, 0.5]])
+def test_shares_of_losses_are_compared_when_the_chain_is_read(weights):
+    chain = Chain()
+    shares = LossShares(chain)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(9, 3, generator=generator).to(NAME) for _ in range(3)]
+    labels = [torch.randint(3, (9,), generator=generator).to(NAME) for _ in given]
+    of_classes = None if weights is None else torch.tensor(weights).to(NAME)
+    before = Counts()
+    for x, y in zip(given, labels, strict=True):
+        outputs = x.requires_grad_() * 1
+        shares.saw((x,), {}, outputs)
+        torch.nn.functional.cross_entropy(outputs, y, of_classes).backward()
+        shares.run()
+    assert before.waits() == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (link,) = [x for x in chain.custody().links if x.name == "loss"]
+    assert ("the same sum in 3 batches" in link.sentence) == (weights is not None)
