@@ -31,7 +31,8 @@ from opacus_pi.unlearning.log_export import (
     is_for_owner_only,
     verify_export,
 )
-from opacus_pi.unlearning.requests import DeletionRequests, training_set_in
+from opacus_pi.unlearning.request_entries import training_set_in
+from opacus_pi.unlearning.requests import DeletionRequests
 
 FORMAT = "opacus_pi.cli.log.v1"
 _WRITTEN_BY = "Name what 'opacus-pi log submit' or 'opacus-pi unlearn --log' wrote."

@@ -13,14 +13,16 @@ ValueError: payload must be a mapping of names to facts, got list. Pass a dict w
 
 import json
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from opacus_pi._validate import expect
 
-__all__ = ["payload_text", "require_kind", "require_name"]
+__all__ = ["payload_text", "plain_name", "require_kind", "require_name"]
 
 _MAX_DEPTH = 100  # levels of a payload; far from where Python's JSON gives up
 _MAX_NAME = 65_536  # characters
+_MAX_DIGITS = 1000  # of a whole number as a name
 
 
 def payload_text(payload: Mapping[str, Any]) -> str:
@@ -112,3 +114,26 @@ def require_name(name: Any) -> None:
         f"must be a string of at most {_MAX_NAME} characters, or None",
         "Use a short name that no other entry has.",
     )
+
+
+def plain_name(argument: str, name: Any) -> str:
+    """Return a string, or a whole number's decimal digits.
+
+    Args:
+        argument: What is named, for the message.
+        name: Of any type.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    whole = isinstance(name, Integral) and abs(int(name)) < 10**_MAX_DIGITS
+    expect(
+        (whole and not isinstance(name, bool)) or isinstance(name, str),
+        argument,
+        f"a number of more than {_MAX_DIGITS} digits"
+        if isinstance(name, Integral) and not whole
+        else repr(name),
+        "must be a string or a whole number",
+        "Convert it with str(...).",
+    )
+    return str(name)

@@ -29,9 +29,9 @@ from opacus_pi.unlearning.deletion_log import (
     write_new,
     writing,
 )
-from opacus_pi.unlearning.entry_checks import payload_text
+from opacus_pi.unlearning.entry_checks import payload_text, plain_name
 from opacus_pi.unlearning.honouring_weights import weights_path_of
-from opacus_pi.unlearning.requests import plain_name, to_be_logged
+from opacus_pi.unlearning.logged_runs import to_be_logged
 from opacus_pi.unlearning.user_names import UserNames
 
 __all__ = ["import_log", "verify_json_lines"]

@@ -19,11 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opacus_pi.unlearning.deletion_log import REDACTION, Entry, read_entries
-from opacus_pi.unlearning.requests import (
-    Requests,
-    requests_with_weights,
-    training_set_in,
-)
+from opacus_pi.unlearning.honoured_requests import requests_with_weights
+from opacus_pi.unlearning.request_entries import Requests, training_set_in
 from opacus_pi.unlearning.user_names import UserNames
 
 __all__ = ["ListedRequest", "list_requests"]

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from opacus_pi._validate import require
 from opacus_pi.unlearning.history import History
+from opacus_pi.unlearning.honoured_requests import requests_with_weights
 from opacus_pi.unlearning.honouring_weights import weights_path_of
-from opacus_pi.unlearning.requests import DeletionRequest, requests_with_weights
+from opacus_pi.unlearning.requests import DeletionRequest
 
 __all__ = ["NextRun", "next_run"]
 

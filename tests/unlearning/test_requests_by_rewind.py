@@ -120,7 +120,7 @@ def test_an_entry_that_the_log_would_refuse_changes_no_weights(
     mine, _ = submitted(tmp_path, saved)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="JSON"):
         patch.setattr(
-            requests_module, "_run_facts", lambda result: {"run": float("nan")}
+            requests_module, "run_facts", lambda result: {"run": float("nan")}
         )
         mine.process(saved.unlearner(), saved.data, checkpoints=saved.states)
     assert not mine.weights_path.exists() and len(mine.pending) == 2

@@ -12,7 +12,7 @@ from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.unlearning import export_log, exported_entries, import_log
 from opacus_pi.unlearning.deletion_log import START, DeletionLog, read_entries, verify
 from opacus_pi.unlearning.entry_hashes import commitment_of, entry_hash
-from opacus_pi.unlearning.requests import requests_of
+from opacus_pi.unlearning.request_entries import requests_of
 from tests.fuzz import originals
 from tests.fuzz.mutations import (
     edited_log,
