@@ -33,7 +33,8 @@ from opacus_pi.recording.checkpoints import Checkpoints
 from opacus_pi.unlearning.claims import EngineFacts, claim
 from opacus_pi.unlearning.next_run import NextRun, next_run
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan, require_rest
-from opacus_pi.unlearning.rewind import RecordedTraining, RewindPlan
+from opacus_pi.unlearning.rewind import RecordedTraining
+from opacus_pi.unlearning.rewind_plan import RewindPlan
 
 
 def run(options: argparse.Namespace) -> int:

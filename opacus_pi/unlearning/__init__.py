@@ -51,7 +51,7 @@ from opacus_pi.unlearning.methods import (
 )
 from opacus_pi.unlearning.plan import Plan
 from opacus_pi.unlearning.requests import DeletionRequest, DeletionRequests
-from opacus_pi.unlearning.rewind import RewindPlan
+from opacus_pi.unlearning.rewind_plan import RewindPlan
 from opacus_pi.unlearning.rivals import (
     SCRUB,
     SSD,

@@ -26,7 +26,7 @@ from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.difficulty.forget_sets import ties
 from opacus_pi.ledger.grad_norm_ledger import columns_of
 from opacus_pi.unlearning.history import History, Runs, runs_in_words
-from opacus_pi.unlearning.rewind import RewindPlan
+from opacus_pi.unlearning.rewind_plan import RewindPlan
 
 PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
 

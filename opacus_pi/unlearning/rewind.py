@@ -23,10 +23,9 @@ state. The filtered one does not: an example then acts on the gradients of other
 
 import copy
 import hashlib
-import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,19 +37,9 @@ from torch.utils.data import Dataset
 from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi._validate import expect, require
 from opacus_pi.accounting import GradNormLedger
-from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy, restart_update
 from opacus_pi.accounting.guarantee import (
-    Assumption,
-    EpsilonDelta,
     Guarantee,
-    derived,
-    guarantee_of_run,
-    observed,
-)
-from opacus_pi.accounting.training_bound import (
-    item_is_the_unit,
-    unpredictable_noise,
 )
 from opacus_pi.integration.rerun import (
     MakeOptimizer,
@@ -60,7 +49,6 @@ from opacus_pi.integration.rerun import (
     require_flat_clipping,
     require_repeatable,
 )
-from opacus_pi.ledger.custody import CHECKED, LINKS, Custody
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.ledger.participation_record import ParticipationRecord
 from opacus_pi.ledger.same_data import same_data_set
@@ -69,169 +57,16 @@ from opacus_pi.models.weights_name import weights_name
 from opacus_pi.recording.checkpoints import Checkpoints, policy_in
 from opacus_pi.unlearning.claims import EngineFacts, claim
 from opacus_pi.unlearning.methods import FineTune
+from opacus_pi.unlearning.rewind_claims import ALIKE, rewind_claim
+from opacus_pi.unlearning.rewind_plan import RewindPlan
 from opacus_pi.unlearning.same_training_data import (
     require_same_preparation,
-    same_data,
-    same_preparation,
 )
 
-__all__ = ["RewindPlan"]
+__all__ = ["Loop", "RecordedTraining", "require_states", "states_of"]
 
-_ORDERS = DEFAULT_ORDERS[::3]
-_OF_DRAWS = ("draw", "schedule", "identity", "rows", "weights")
-_OF_CHARGES = ("model", "norm", "noise")
 _NO_EXAMPLES = np.empty(0, dtype=np.int64)
 _AGAIN = "Train again with Recorder(checkpoints=Checkpoints(directory, every=...))."
-_UNSEEN_LOOP = "the engine does not see the training loop"
-_CHECKED_LOSS = (
-    "the loss of the training was checked, but the ledger does not name the criterion, "
-    "so it is not known whether this is the same one"
-)
-_DECLARED = (
-    (
-        "each update of the training used the gradient of this criterion on its batch, "
-        "and nothing else",
-        "{loss}; learning rates are those recorded",
-    ),
-    (
-        "the number of updates and the hyper-parameters were not chosen from the data",
-        "they are used again as they are",
-    ),
-    (
-        "the forget set was not chosen by looking at the trained model",
-        "requests are made by people, not by results",
-    ),
-    (
-        "random numbers are independent of each other and of the data",
-        "the rest is trained with a new seed",
-    ),
-)
-_ALIKE = "(compared with a model trained without the set, by the same schedule)"
-_MONITORED = (
-    "each update used the batch that the loader had delivered before it",
-    True,
-    "monitored training follows batches, not single samples",
-)
-
-
-@dataclass(frozen=True)
-class RewindPlan:
-    """The saved state to which a model must go back to forget a set, and the cost.
-
-    Args:
-        forget: int64, the examples to forget, sorted.
-        forgotten_before: int64, examples that were forgotten by earlier requests.
-        start: Number of updates after which the state to go back to was saved;
-            ``num_steps`` if the trained model can be kept.
-        num_steps: Updates of the training, T.
-        first_update: Update in which one of the examples may have been drawn first;
-            T + 1 if none was drawn.
-        updates_per_epoch: Updates of an epoch of the training.
-        num_samples: Samples that are trained on again, as an expectation under Poisson
-            sampling.
-        num_bytes: Size of the state's file; 0 if no file is read.
-        policy: The deletion policy, or None for an exact rewind.
-        guarantee: What may be claimed afterwards.
-        exact_start: For a filtered rewind, where an exact one would start; None: it has
-            no state to go back to, or the rewind is exact.
-        num_kept_exact: How many of ``forgotten_before`` an exact rewind has forgotten,
-            and limit how late a filtered one may start.
-    """
-
-    forget: NDArray[np.int64]
-    forgotten_before: NDArray[np.int64]
-    start: int
-    num_steps: int
-    first_update: int
-    updates_per_epoch: float
-    num_samples: float
-    num_bytes: int
-    policy: DeletionPolicy | None
-    guarantee: Guarantee
-    exact_start: int | None = None
-    num_kept_exact: int = 0
-
-    @property
-    def is_free(self) -> bool:
-        """Return whether the trained model can be kept."""
-        return self.start == self.num_steps
-
-    @property
-    def cost(self) -> float:
-        """Share of the updates of the training that must be made again, in [0, 1]."""
-        return 1 - self.start / self.num_steps
-
-    @property
-    def cost_text(self) -> str:
-        """How far back the rewind goes, and what is trained again, in words."""
-        kept = better = ""
-        if self.num_kept_exact:
-            kept = (
-                " This state is from before the first use of the examples that an "
-                f"earlier exact rewind has forgotten ({self.num_kept_exact}), which "
-                "stay exactly forgotten."
-            )
-        if self.exact_start is not None and self.exact_start >= self.start:
-            better = (
-                " An exact rewind (without the deletion policy) does not need more "
-                "updates and has ε = 0."
-            )
-        if self.is_free:
-            return (
-                "The trained model can be kept: nothing is trained again. (A model "
-                f"with other weights than the training left is refused.){better}"
-            )
-        return (
-            f"Go back to the state after update {self.start} of {self.num_steps} "
-            f"({self.num_bytes} bytes) and make {self.num_updates} "
-            f"updates again: {self.cost:.1%} of the training, about "
-            f"{self.num_samples:.0f} samples.{kept}{better}"
-        )
-
-    @property
-    def num_updates(self) -> int:
-        """Updates that must be made again."""
-        return self.num_steps - self.start
-
-    def facts(self) -> dict[str, Any]:
-        """Return a dict that describes the planned run and can be written as JSON."""
-        return {
-            "method": "exact rewind" if self.policy is None else "filtered rewind",
-            "forget_indices": self.forget.tolist(),
-            "forgotten_before": self.forgotten_before.tolist(),
-            "policy": None if self.policy is None else asdict(self.policy),
-            "start": self.start,
-            "num_steps": self.num_updates,
-            "num_kept_exact": self.num_kept_exact,
-        }
-
-    @property
-    def gone(self) -> NDArray[np.int64]:
-        """All examples that are forgotten afterwards, sorted."""
-        return np.union1d(self.forgotten_before, self.forget)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, delta: float | None = None) -> str:
-        """Return the plan in words.
-
-        Args:
-            delta: δ in (0, 1) of the guarantee's ε. Default: that of the policy, or
-                1e-5.
-        """
-        if delta is None:
-            delta = 1e-5 if self.policy is None else self.policy.delta
-        drawn = (
-            "None of them was ever drawn."
-            if self.first_update > self.num_steps
-            else f"None of them was drawn before update {self.first_update}."
-        )
-        return (
-            f"Examples to forget: {len(self.forget)}; forgotten before: "
-            f"{len(self.forgotten_before)}. {drawn}\n{self.cost_text}\n"
-            f"{self.guarantee.text(delta)}"
-        )
 
 
 @dataclass(frozen=True)
@@ -499,7 +334,7 @@ class RecordedTraining:
         if not known or any(e is None or e > policy.epsilon for e in most):
             return None
         found = self._claim(forget, forgotten_before, policy, with_estimate=True)
-        return replace(found, method=f"the trained model, kept {_ALIKE}")
+        return replace(found, method=f"the trained model, kept {ALIKE}")
 
     def _claim(
         self,
@@ -635,7 +470,15 @@ class RecordedTraining:
             num_samples=expected,
             num_bytes=self.states.size(start) if left else 0,
             policy=policy,
-            guarantee=worst or self._guarantee(start, policy, len(exact)),
+            guarantee=worst
+            or rewind_claim(
+                self.ledger,
+                record,
+                self.engine_facts.data_set,
+                start,
+                policy,
+                len(exact),
+            ),
             exact_start=None if policy is None else self._exact_start(gone),
             num_kept_exact=len(exact),
         )
@@ -650,96 +493,6 @@ class RecordedTraining:
             return self.start(gone, None)
         except ValueError:
             return None
-
-    def _guarantee(
-        self, start: int, policy: DeletionPolicy | None, num_exact: int
-    ) -> Guarantee:
-        """Return what may be claimed for a model that goes back to an update.
-
-        Args:
-            start: The update to go back to.
-            policy: The deletion policy; None: an exact rewind.
-            num_exact: How many examples an exact rewind forgot before, of those that
-                the training had used.
-        """
-        facts = [
-            observed(
-                "every use of the examples is in the record of participations",
-                f"{len(self.record.indices)} participations in "
-                f"{self.record.num_steps} updates",
-            ),
-            *_links(self.ledger.custody, charges=policy is not None),
-            *_declared(self.ledger.custody),
-            item_is_the_unit(),
-            same_data([self.ledger.data_set], self.engine_facts.data_set),
-        ]
-        if start < self.record.num_steps:
-            facts.append(
-                same_preparation(self.ledger.data_set or "", self.engine_facts.data_set)
-            )
-        if not np.isfinite(self.record.max_grad_norm).all():
-            facts.append(Assumption(*_MONITORED))
-        if policy is None:
-            proof = derived(
-                "until its first use an example cannot act on the training",
-                f"the state after update {start} was saved before the first use",
-            )
-            pair = EpsilonDelta(0.0, 0.0, "exact rewind", both_directions=True)
-            zeros = [0.0] * len(_ORDERS)
-            return guarantee_of_run(
-                f"exact rewind {_ALIKE}",
-                [proof, *facts],
-                _ORDERS,
-                zeros,
-                reverse_divergences=zeros,
-                statements=[pair],
-            )
-        if num_exact:
-            stay = derived(
-                "examples that an exact rewind forgot before stay exactly forgotten "
-                f"({num_exact}; for them alone ε = 0)",
-                f"the state after update {start} was saved before their first use",
-            )
-            facts.insert(0, stay)
-        return self._filtered_guarantee(start, policy, facts)
-
-    def _filtered_guarantee(
-        self, start: int, policy: DeletionPolicy, facts: list[Assumption]
-    ) -> Guarantee:
-        """Return what may be claimed after a filtered rewind.
-
-        Args:
-            start: The update to go back to.
-            policy: The deletion policy of the run.
-            facts: What every rewind assumes.
-        """
-        proof = derived(
-            "the sum of the charges cannot exceed the policy on any path",
-            "the sum is checked at every saved state; the first update after a state "
-            "is charged by its own norms, the others before the next state at the clip "
-            "norm",
-        )
-        made = observed(
-            "the policy was fixed before training",
-            f"made {policy_in(self.record.policy).made}, "  # type: ignore[union-attr]
-            f"recording began {self.record.began}",
-        )
-        noise = unpredictable_noise(
-            [self.ledger], has_more_noise=start < self.record.num_steps
-        )
-        pair = EpsilonDelta(
-            policy.epsilon, policy.delta, "the deletion policy", both_directions=True
-        )
-        mu = policy.mu  # solved for each time that it is asked
-        curve = [math.nextafter(a * mu**2 / 2, math.inf) for a in _ORDERS]
-        return guarantee_of_run(
-            f"filtered rewind {_ALIKE}",
-            [proof, made, noise, *facts],
-            _ORDERS,
-            curve,
-            reverse_divergences=curve,
-            statements=[pair],
-        )
 
 
 def _require_same_conditions(record: ParticipationRecord, start: int) -> None:
@@ -763,42 +516,6 @@ def _require_same_conditions(record: ParticipationRecord, start: int) -> None:
         "examples; to be able to rewind, freeze or thaw layers and change options of "
         "the optimizer in a run of its own, which begins with a new make_private.",
     )
-
-
-def _declared(custody: Custody | None) -> Iterator[Assumption]:
-    """Yield what whoever asks for a rewind declares.
-
-    Args:
-        custody: The chain of the run, which knows whether its loss was checked.
-    """
-    links = () if custody is None else custody.links
-    is_checked = any(k.name == "loss" and k.state == CHECKED for k in links)
-    for text, evidence in _DECLARED:
-        loss = _CHECKED_LOSS if is_checked else _UNSEEN_LOOP
-        yield Assumption(text, True, evidence.format(loss=loss))
-
-
-def _links(custody: Custody | None, *, charges: bool) -> Iterator[Assumption]:
-    """Yield an assumption for each link of custody that a rewind depends on.
-
-    Args:
-        custody: The chain of the run; None: its maker declares everything.
-        charges: Whether norms and noise matter too.
-    """
-    if custody is None:
-        yield Assumption(
-            "the ledger describes the training as it was run",
-            True,
-            "the ledger was made by hand",
-        )
-        return
-    unchecked = {link.name: link.sentence for link in custody.unchecked}
-    evidence = {k.name: k.sentence for k in custody.links if k.state == CHECKED}
-    for name in (*_OF_DRAWS, *(_OF_CHARGES if charges else ())):
-        if name in unchecked:
-            yield Assumption(LINKS[name], True, unchecked[name])
-        else:
-            yield observed(LINKS[name], evidence.get(name, "no violation was seen"))
 
 
 def fresh_generator(

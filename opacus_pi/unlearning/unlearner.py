@@ -71,10 +71,10 @@ from opacus_pi.unlearning.resuming import RunFile
 from opacus_pi.unlearning.rewind import (
     Loop,
     RecordedTraining,
-    RewindPlan,
     require_states,
     states_of,
 )
+from opacus_pi.unlearning.rewind_plan import RewindPlan
 from opacus_pi.unlearning.same_training_data import require_same_as_before
 from opacus_pi.unlearning.watching import Evaluate, Watch
 
