@@ -22,6 +22,7 @@ from opacus_pi.unlearning import FineTune, Unlearner
 from opacus_pi.unlearning import requests as requests_module
 from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from opacus_pi.unlearning.honouring_weights import stored_weights
+from opacus_pi.unlearning.log_lock import locked
 from opacus_pi.unlearning.loop import StopWhen
 from opacus_pi.unlearning.requests import (
     DeletionRequest,
@@ -478,7 +479,7 @@ def test_weights_that_say_nothing_clear_are_refused(tmp_path, facts):
 
 def test_two_processes_do_not_work_at_once(tmp_path):
     mine = submitted(tmp_path)
-    with requests(tmp_path)._locked(), pytest.raises(RuntimeError, match="another"):
+    with locked(mine.log.path), pytest.raises(RuntimeError, match="another"):
         mine.process(unlearner(), data())
 
 
