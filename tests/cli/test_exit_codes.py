@@ -7,7 +7,7 @@ import pytest
 
 from opacus_pi.cli import errors
 from opacus_pi.cli.commands import COMMANDS
-from opacus_pi.cli.parser import EPILOG
+from opacus_pi.cli.parser import MORE
 from tests.cli.conftest import DATA, MODEL
 
 PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
@@ -93,7 +93,7 @@ def test_the_codes_are_written_down():
     constants = {number: getattr(errors, name) for number, name in CODES.items()}
     assert constants == {number: number for number in CODES}
     codes = {*map(str, CODES), str(errors.INTERRUPTED)}
-    in_help = re.findall(r"^  (\d+) ", EPILOG, re.MULTILINE)
+    in_help = re.findall(r"^  (\d+) ", MORE, re.MULTILINE)
     page = PAGE.read_text(encoding="utf-8").split("| exit code |")[1].split("\n\n")[0]
     on_page = re.findall(r"^\| (\d+) \|", page, re.MULTILINE)
     assert set(in_help) == set(on_page) == codes
