@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from opacus_pi._torch_compat import BatchNormBase
@@ -56,6 +57,7 @@ _DROPOUT = (
     nn.functional.feature_alpha_dropout,
     torch.dropout,
 )
+_BACKWARD = (Tensor.backward, torch.autograd.backward)
 
 
 @dataclass(frozen=True)
@@ -313,7 +315,13 @@ def _kept_by(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 class NoDropout(TorchFunctionMode):
-    """Context in which torch's dropout functions return their input unchanged."""
+    """Context in which torch's dropout functions return their input unchanged.
+
+    Also those that a backward pass calls: gradient checkpointing runs layers again
+    there. Torch turns a mode off while it handles a function, ``backward`` included, so
+    the mode is turned on again for the pass itself, which begins at edges of the graph:
+    torch shows a function to modes only if it is called with tensors.
+    """
 
     def __torch_function__(
         self,
@@ -324,6 +332,16 @@ class NoDropout(TorchFunctionMode):
     ) -> Any:
         """Return the input of a dropout function; call any other one."""
         options = dict(kwargs or {})
+        if function in _BACKWARD and options.get("inputs") is None:
+            tensors, *positional = args
+            options.pop("inputs", None)
+            with self:
+                if function is Tensor.backward:
+                    first = options.pop("gradient", None)
+                    options["grad_tensors"] = first
+                else:
+                    tensors = tuple(map(get_gradient_edge, tensors))
+                return torch.autograd.backward(tensors, *positional, **options)
         if function in _DROPOUT:
             return args[0] if args else options["input"]
         if function is nn.functional.scaled_dot_product_attention:

@@ -55,7 +55,7 @@ from opacus_pi.integration.audited_update import (
     rounding_of,
     times_as_large,
 )
-from opacus_pi.integration.failed_updates import failed_update
+from opacus_pi.integration.failed_updates import failed_update, notes_of
 from opacus_pi.integration.outputs_alone import compare_alone
 from opacus_pi.integration.repeated_calls import changing_part
 from opacus_pi.models.batches import (
@@ -220,7 +220,9 @@ def audit_batch(
         try:
             recorded = recorded_norms(model, loss, (x, y), run, new_engine)
             row_of_norms = _compare_norms(recorded, expected, rounding, places)
-        except (RuntimeError, TypeError) as error:  # as in training
+        except (RuntimeError, TypeError, ValueError) as error:  # as in training
+            if isinstance(error, ValueError) and not notes_of(error):
+                raise  # about an argument
             recorded = torch.empty(0, dtype=torch.float64)
             text = failed_update(error, run.mode)
             row_of_norms = AuditRow("norms", False, text)

@@ -4,7 +4,17 @@
 _BY_OPACUS = ("hooks", "functorch", "ghost")
 
 
-def failed_update(error: RuntimeError | TypeError, mode: str) -> str:
+def notes_of(error: Exception) -> str:
+    """Return the notes that were added to an error, as one text.
+
+    Args:
+        error: The error. Python 3.10 has its notes among the arguments.
+    """
+    more = [*error.args[1:], ""]
+    return " ".join(map(str, getattr(error, "__notes__", more))).strip()
+
+
+def failed_update(error: Exception, mode: str) -> str:
     """Say with which error an update failed, and what to do.
 
     No advice leads to another mode and back: where every mode refuses the model, only a
@@ -18,11 +28,9 @@ def failed_update(error: RuntimeError | TypeError, mode: str) -> str:
     >>> failed_update(RuntimeError("no rule for Net"), "hooks")[-33:]
     'yet, try grad_sample_mode="fast".'
     """
-    message, *more = [*error.args, ""]  # Python 3.10 has the notes among the arguments
-    first, *_ = [*str(message).splitlines(), ""]
+    first, *_ = [*str([*error.args, ""][0]).splitlines(), ""]
     other = "hooks" if mode == "fast" else "fast"
-    notes = " ".join(map(str, getattr(error, "__notes__", more))).strip()
-    if notes:  # a cause that was found, and its remedy
+    if notes := notes_of(error):  # a cause that was found, and its remedy
         remedy = notes
     elif isinstance(error, TypeError) and mode in _BY_OPACUS:
         remedy = (
