@@ -67,6 +67,10 @@ _COMPARED = (
     "uses: the one that the model returns, or that of compute_loss_func. To train with "
     "the criterion, pass it as Trainer(compute_loss_func=...), too."
 )
+_DRAWN = (
+    "A Trainer draws each example once an epoch with "
+    'train_sampling_strategy="random", its default, or "sequential".'
+)
 _SETTINGS: dict[str, tuple[Any, str]] = {
     "world_size": (1, _ONE_PROCESS),
     "gradient_accumulation_steps": (1, _ONE_BATCH + "batch of the loader."),
@@ -350,8 +354,9 @@ class PrivacyCallback(TrainerCallback):
         reason = "" if chain is None else chain.refusal()
         if not reason or chain is None:
             return
-        is_compared = self.criterion is not None and chain.is_broken("loss")
-        raise AccountingError(f"{reason} {_COMPARED}" if is_compared else reason)
+        more = [_COMPARED] * (self.criterion is not None and chain.is_broken("loss"))
+        more += [_DRAWN] * chain.is_broken("schedule")
+        raise AccountingError(" ".join([reason, *more]))
 
     def _say_if_loss_is_not_seen(self) -> None:
         """Warn if nothing looks at the loss, which the trainer computes itself."""

@@ -39,6 +39,7 @@ _ALIKE = (
     type(None),
 )
 _ONCE_PER_EPOCH = (SequentialSampler, SubsetRandomSampler, DistributedSampler)
+_SEEDABLE = ("accelerate.data_loader", "SeedableRandomSampler")
 
 
 def is_poisson(loader: DataLoader[Any]) -> bool:
@@ -83,7 +84,7 @@ def unknown_schedule(loader: DataLoader[Any]) -> str | None:
         return None  # how often it has drawn each example is counted
     sampler = getattr(batches, "sampler", loader.sampler)
     without_replacement = type(sampler) in _ONCE_PER_EPOCH or (
-        type(sampler) is RandomSampler and not sampler.replacement
+        _is_random(sampler) and not sampler.replacement
     )
     if without_replacement and (batches is None or type(batches) is BatchSampler):
         return _repeated_in_a_batch(sampler, getattr(batches, "batch_size", 1))
@@ -119,6 +120,22 @@ def replaced_sampler(loader: DataLoader[Any]) -> str | None:
     )
 
 
+def _is_random(sampler: Any) -> bool:
+    """Return whether a sampler is torch's ``RandomSampler``, or Accelerate's.
+
+    Accelerate's ``SeedableRandomSampler``, which a ``Trainer`` has, seeds the generator
+    of torch's sampler before each pass, and draws as that does (Accelerate 1.15).
+
+    Args:
+        sampler: Any.
+    """
+    kind = type(sampler)
+    return kind is RandomSampler or (
+        isinstance(sampler, RandomSampler)
+        and (kind.__module__, kind.__name__) == _SEEDABLE
+    )
+
+
 def _repeated_in_a_batch(sampler: Any, batch_size: int) -> str | None:
     """Explain that one batch may have an example twice.
 
@@ -127,12 +144,12 @@ def _repeated_in_a_batch(sampler: Any, batch_size: int) -> str | None:
             examples begins again when it has drawn all of them.
         batch_size: How many of its samples make a batch.
     """
-    num_samples = sampler.num_samples if type(sampler) is RandomSampler else 0
+    num_samples = sampler.num_samples if _is_random(sampler) else 0
     num_examples = len(sampler.data_source) if num_samples else 0
     if num_samples <= num_examples or num_examples % batch_size == 0:
         return None
     return (
-        f"RandomSampler draws {num_samples} samples in one pass, and begins again when "
+        f"{type(sampler).__name__} draws {num_samples} samples in one pass, and begins again when "
         f"it has drawn all {num_examples} examples. A batch of {batch_size} samples "
         "may be drawn from two of these rounds, so an example may be in it twice, and "
         "max_grad_norm does not bound what it contributes. Use a batch size that "

@@ -343,6 +343,31 @@ def test_what_cannot_be_accounted_for_is_refused(tmp_path, name, value):
         train(classifier(), sentences(), tmp_path, **{name: value})
 
 
+@pytest.mark.parametrize("seedable", [True, False])
+def test_a_trainer_may_draw_each_example_once_an_epoch(tmp_path, seedable):
+    engine = train(
+        classifier(),
+        sentences(),
+        tmp_path,
+        options=PRIVATE | {"poisson_sampling": False, "criterion": CRITERION},
+        accelerator_config={"use_seedable_sampler": seedable},
+    )
+    assert set(links(engine).values()) == {"checked"}
+    assert engine.ledger.mechanism.num_steps == 8
+
+
+def test_a_trainer_that_groups_by_length_is_told_what_it_may_use(tmp_path):
+    options = PRIVATE | {"poisson_sampling": False}
+    with pytest.raises(AccountingError, match='strategy="random", its default, or "se'):
+        train(
+            classifier(),
+            sentences(),
+            tmp_path,
+            options=options,
+            train_sampling_strategy="group_by_length",
+        )
+
+
 def test_a_clipped_monitored_training_is_refused(tmp_path):
     options = {"prepare": "make_monitored", "noise_std": 0.1, "criterion": CRITERION}
     with pytest.raises(ValueError, match="max_grad_norm must be 0.0, got 1.0"):

@@ -37,6 +37,21 @@ def test_schedules_that_draw_each_example_once_an_epoch(name):
     assert schedules.unknown_schedule(DataLoader(DATA, **KNOWN[name])) is None
 
 
+def seedable(module="accelerate.data_loader", **options):
+    """A sampler like the one that Accelerate gives to a Trainer."""
+    kind = type("SeedableRandomSampler", (RandomSampler,), {"__module__": module})
+    return DataLoader(DATA, batch_size=5, sampler=kind(DATA, **options))
+
+
+def test_the_sampler_of_accelerate_is_known():
+    assert schedules.unknown_schedule(seedable()) is None
+    again = schedules.unknown_schedule(seedable(num_samples=24))
+    assert "SeedableRandomSampler draws 24 samples" in again
+    for other in (seedable(replacement=True), seedable("my_project.samplers")):
+        reason = schedules.unknown_schedule(other)
+        assert "How often SeedableRandomSampler draws" in reason
+
+
 def Custom():
     class Custom(SequentialSampler):
         pass
