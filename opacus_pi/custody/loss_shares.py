@@ -52,7 +52,8 @@ _COUPLED = (
     "example depends on the others, and max_grad_norm does not bound what it "
     "contributes. Train with the mean of one loss for each example: use "
     'reduction="none" and .mean(), or, if an example has several labels, '
-    "opacus_pi.integration.hugging_face.TokenLoss."
+    "TokenLoss of opacus_pi.integration.hugging_face (with shift=True for a causal "
+    "language model)."
 )
 
 

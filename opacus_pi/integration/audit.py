@@ -69,6 +69,7 @@ from opacus_pi.models.batches import (
 )
 from opacus_pi.models.live_modules import ModelInCriterion, uncalled_by_criterion
 from opacus_pi.models.own_losses import CoupledLoss
+from opacus_pi.models.token_loss import warn_of_copied_labels
 from opacus_pi.recording import Recorder
 
 __all__ = [
@@ -112,7 +113,8 @@ _NOT_CALLED = (
 )
 _TOKENS = (
     "The model gives each example several labels. Pass TokenLoss() of "
-    "opacus_pi.integration.hugging_face as criterion, and train with it: "
+    "opacus_pi.integration.hugging_face as criterion, or TokenLoss(shift=True) for a "
+    "causal language model, and train with it: "
     "Trainer(compute_loss_func=...), or the same call in your loop."
 )
 _FITTING = "Pass the criterion with which the loop computes its loss from the logits."
@@ -207,6 +209,7 @@ def audit_batch(
     x, y = to_device(inputs_and_targets(batch), device_of(model))
     size, dim = num_examples(y), run.batch_dim
     _require_several(size)
+    warn_of_copied_labels(criterion, x, y)
     with measuring(), uncalled_by_criterion(model):
         loss = TrainedLoss(criterion, run)
         outputs, precision = forward_with_precision(quiet_copy(model, run), x)

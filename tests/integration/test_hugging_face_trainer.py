@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_pi import PrivacyEngine, Recorder
+from opacus_pi import PrivacyEngine, Recorder, audit
 from opacus_pi._errors import AccountingError
 from opacus_pi.files.checksummed_state import verified_state, with_checksum
 from opacus_pi.gradients import norm_sweep
@@ -236,7 +236,7 @@ def test_the_own_loss_of_a_model_is_looked_at(tmp_path):
 @pytest.mark.parametrize("mode", ["hooks", "fast"])
 def test_a_loss_divided_by_the_tokens_of_a_batch_stops_the_training(tmp_path, mode):
     data, options = sentences(token_labels=True), PRIVATE | {"grad_sample_mode": mode}
-    with pytest.raises(AccountingError, match="number of tokens.*TokenLoss"):
+    with pytest.raises(AccountingError, match=r"number of tokens.*TokenLoss\(shift=True\)"):
         train(language_model(), data, tmp_path, options=options)
 
 
@@ -251,6 +251,34 @@ def test_token_losses_are_accounted_for(tmp_path):
     options = PRIVATE | {"criterion": loss}
     engine = train(language_model(), data, tmp_path, loss=loss, options=options)
     assert set(links(engine).values()) == {"checked"}
+
+
+@pytest.mark.parametrize(
+    ("shift", "warns"), [(None, True), (False, False), (True, False)]
+)
+def test_a_causal_model_without_a_shift_is_said(tmp_path, shift, warns):
+    loss, data = TokenLoss(shift=shift), sentences(token_labels=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(language_model(), data, tmp_path, loss=loss, num_train_epochs=1)
+    found = [str(one.message) for one in caught]
+    assert any("Use TokenLoss(shift=True)" in text for text in found) == warns
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_audit_says_that_the_labels_are_the_inputs(shift, copied):
+    batch = torch.utils.data.default_collate(sentences(token_labels=True)[:4])
+    if not copied:  # as if each label had been moved by hand, or were a tag
+        batch["labels"] = torch.where(
+            batch["labels"] == -100, -100, batch["input_ids"].roll(-1, 1)
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        audit(language_model(), TokenLoss(shift=shift), batch)
+    found = [str(one.message) for one in caught]
+    wanted = copied and not shift
+    assert any("The labels are the input_ids" in text for text in found) == wanted
 
 
 def test_a_wrong_criterion_stops_the_training(tmp_path):
