@@ -362,7 +362,7 @@ NO_DELIVERY = Cause(
     "loader itself, and begin after make_private. Batches are not seen if their "
     "iterator was begun before make_private, or if they come from another loader: one "
     "that was passed to make_private and replaced by the returned one, or one that "
-    "another library made.",
+    "another library made: leave the loader out of accelerator.prepare(...).",
 )
 NO_INDICES = Cause(
     "the batches have no indices",

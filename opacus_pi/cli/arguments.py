@@ -73,6 +73,12 @@ DATA = option(
     dest="train_set",
     required=True,
 )
+COLLATE = option(
+    "--collate",
+    "M:NAME",
+    "import path of the collate_fn of the training",
+    dest="collate_fn",
+)
 TEST = option(
     "--test", "M:NAME", "import path of the test set, for metrics", dest="test_set"
 )

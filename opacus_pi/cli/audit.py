@@ -9,10 +9,16 @@ import argparse
 from typing import Any
 
 from opacus_pi.cli.errors import DONE, FAILED, BadInput
-from opacus_pi.cli.inputs import import_criterion, import_data_set, load_model
+from opacus_pi.cli.inputs import (
+    import_collate,
+    import_criterion,
+    import_data_set,
+    load_model,
+)
 from opacus_pi.cli.output import answer
 from opacus_pi.integration.audited_run import Examples
 from opacus_pi.integration.engine import audit
+from opacus_pi.models.collating import Collating
 
 FORMAT = "opacus_pi.cli.audit.v1"
 
@@ -34,7 +40,8 @@ def run(options: argparse.Namespace) -> int:
     data_set = import_data_set("--data", options.train_set)
     criterion = import_criterion(options)
     model = load_model(options, options.weights)
-    examples = Examples(data_set, None, options.num_examples)
+    collate = Collating(import_collate(options))
+    examples = Examples(data_set, collate, options.num_examples)
     batch = next(examples.batches(1), None)
     if batch is None:
         raise BadInput(

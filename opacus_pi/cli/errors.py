@@ -20,6 +20,8 @@ from opacus_pi._printable import printable
 
 DONE, FAILED, BAD_INPUT, NOTHING_TO_CHECK, INTERRUPTED = 0, 1, 2, 3, 130
 _OF_RUNS, _RUN = "The runs of the ledger ", re.compile(r"\brun (\d+)\b")
+_COLLATE = re.compile(r"\bcollate_fn(=\.\.\.|(?= was given| cannot make))")
+_ANY_COLLATE = "Pass a collate_fn that"
 _NAMED = re.compile(r"^\w+(?= must | ')")
 
 
@@ -80,3 +82,23 @@ def with_flags(error: ValueError, options: argparse.Namespace) -> str:
         files = dict(enumerate(options.ledger))
         text = _RUN.sub(lambda found: files.get(int(found[1]), found[0]), text)
     return text
+
+
+def with_collate(message: str, options: argparse.Namespace) -> str:
+    """Return a message in which ``collate_fn`` has its name on the command line.
+
+    Args:
+        message: Of the library, or another one.
+        options: As for ``with_flags``.
+
+    >>> options = argparse.Namespace(flags={"collate_fn": "--collate"})
+    >>> with_collate(
+    ...     "No collate_fn was given. Pass collate_fn=..., a function", options
+    ... )
+    'No --collate was given. Pass --collate M:NAME, a function'
+    """
+    flag = options.flags.get("collate_fn")
+    if flag is None:
+        return message
+    message = message.replace(_ANY_COLLATE, f"Pass {flag} M:NAME, a function that")
+    return _COLLATE.sub(lambda found: flag + " M:NAME" * bool(found[1]), message)

@@ -23,6 +23,7 @@ from opacus_pi.accounting import fingerprint
 from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.evaluated import subject_of
 from opacus_pi.cli.inputs import (
+    import_collate,
     import_criterion,
     import_data_set,
     import_train_set,
@@ -30,7 +31,7 @@ from opacus_pi.cli.inputs import (
 )
 from opacus_pi.cli.output import answer, cell, table
 from opacus_pi.cli.owners import read_request
-from opacus_pi.cli.sets import Sets, make_sets, require_unseen
+from opacus_pi.cli.sets import Sets, make_sets, require_batches, require_unseen
 from opacus_pi.evaluation import (
     aligned,
     loss_barrier,
@@ -39,6 +40,8 @@ from opacus_pi.evaluation import (
 )
 from opacus_pi.evaluation.oracle import retrained_without
 from opacus_pi.files.checksummed_json import with_json_checksum
+from opacus_pi.models.batches import inputs_and_targets
+from opacus_pi.models.collating import Collating
 from opacus_pi.report.run import Barriers
 from opacus_pi.unlearning.requests import requested_indices
 
@@ -68,7 +71,12 @@ def run(options: argparse.Namespace) -> int:
     require_unseen(train_set, test_set, gone)
     forget, _ = read_request(options, lambda: fingerprint(train_set))
     criterion = import_criterion(options)
-    sets = make_sets(train_set, test_set, forget, criterion, options.seed, gone)
+    collate = import_collate(options)
+    require_batches(train_set, gone, collate)
+    sets = make_sets(
+        *(train_set, test_set, forget, criterion, options.seed, gone),
+        collate_fn=collate,
+    )
     if not len(sets.forget):
         raise BadInput(
             "--forget: all of these examples may have been erased from the data set, "
@@ -197,10 +205,11 @@ def _barriers(
     """
     if not oracles:
         return None
-    part = Subset(sets.retain, range(min(len(sets.retain), _NUM_POINTS)))
+    chosen = Subset(sets.retain, range(min(len(sets.retain), _NUM_POINTS)))
+    part = DataLoader(chosen, 256, collate_fn=Collating(sets.collate_fn))
     spec = None
     if match:
-        spec = permutation_spec(network, next(iter(DataLoader(part, 2)))[0])
+        spec = permutation_spec(network, inputs_and_targets(next(iter(part)))[0])
     matched = oracles if spec is None else [aligned(network, o, spec) for o in oracles]
     loss = sets.criterion
     return Barriers(

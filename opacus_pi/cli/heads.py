@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 
 from opacus_pi.cli.errors import about
-from opacus_pi.cli.inputs import import_data_set, load_model, read_indices
+from opacus_pi.cli.inputs import (
+    import_collate,
+    import_data_set,
+    load_model,
+    read_indices,
+)
 from opacus_pi.cli.output import answer, table
 from opacus_pi.cli.sets import require_unseen
 from opacus_pi.report.scores import SENSITIVE
@@ -43,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     """
     train_set = import_data_set("--data", options.train_set)
     model = load_model(options, options.weights)
-    rows, labels = _features(model, train_set, "--data")
+    collate = import_collate(options)
+    rows, labels = _features(model, train_set, collate, "--data")
     head = _head(options)
     remedy = "Labels must be whole numbers from 0 to one less than --classes."
     with about("--data", remedy):
@@ -75,15 +81,16 @@ def run(options: argparse.Namespace) -> int:
     if options.test_set is not None:
         test = import_data_set("--test", options.test_set)
         require_unseen(train_set, test)
-        facts["accuracy"]["test"] = head.score(*_features(model, test, "--test"))
+        on_test = _features(model, test, collate, "--test")
+        facts["accuracy"]["test"] = head.score(*on_test)
     answer(options, facts, _text(facts))
     return 0
 
 
-def _features(model: Any, data_set: Any, flag: str) -> tuple[Any, Any]:
+def _features(model: Any, data_set: Any, collate: Any, flag: str) -> tuple[Any, Any]:
     """Return unit feature vectors and labels of a data set."""
     with about(flag, "Name a model that returns one feature vector for each example."):
-        features, labels = extract_features(model, data_set)
+        features, labels = extract_features(model, data_set, collate_fn=collate)
         return unit_rows(features, intercept=True), labels
 
 

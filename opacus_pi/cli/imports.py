@@ -53,6 +53,20 @@ def _is_data_set(found: Any) -> bool:
     )
 
 
+def _takes_one(found: Any) -> bool:
+    """Return whether an object can be called with one argument.
+
+    A function that cannot is one that builds the object.
+    """
+    try:
+        inspect.signature(found).bind(())
+    except TypeError:
+        return False
+    except ValueError:  # has no signature
+        return True
+    return True
+
+
 MODEL = Kind(
     "a torch.nn.Module",
     lambda found: isinstance(found, nn.Module),
@@ -62,6 +76,11 @@ DATA_SET = Kind(
     "a data set with __len__ and __getitem__",
     _is_data_set,
     lambda found: hasattr(found, "__getitem__") and not issubclass(found, nn.Module),
+)
+COLLATE = Kind(
+    "a function that makes a batch of a list of items",
+    lambda found: callable(found) and not isinstance(found, type) and _takes_one(found),
+    lambda found: not issubclass(found, nn.Module),
 )
 CRITERION = Kind(
     "a loss function, called as criterion(outputs, targets)",

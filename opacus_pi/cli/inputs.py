@@ -24,7 +24,13 @@ from torch import Tensor, nn
 
 from opacus_pi._errors import AccountingError
 from opacus_pi.cli.errors import BadInput, about, one_line
-from opacus_pi.cli.imports import CRITERION, DATA_SET, MODEL, import_object
+from opacus_pi.cli.imports import (
+    COLLATE,
+    CRITERION,
+    DATA_SET,
+    MODEL,
+    import_object,
+)
 from opacus_pi.files.regular_file import require_readable_once, require_regular
 from opacus_pi.files.torch_file import read_torch_file
 from opacus_pi.files.weights_file import read_plain_weights
@@ -263,6 +269,12 @@ def import_train_set(
 def import_criterion(options: argparse.Namespace) -> Any:
     """Import the loss that ``--criterion`` names."""
     return import_object("--criterion", options.criterion, CRITERION)
+
+
+def import_collate(options: argparse.Namespace) -> Any:
+    """Import what ``--collate`` names; None, for torch's own, if it is not given."""
+    path = options.collate_fn
+    return None if path is None else import_object("--collate", path, COLLATE)
 
 
 def import_model(options: argparse.Namespace) -> nn.Module:

@@ -21,6 +21,7 @@ from opacus_pi.cli.errors import (
     INTERRUPTED,
     BadInput,
     one_line,
+    with_collate,
     with_flags,
 )
 from opacus_pi.cli.parser import parse
@@ -105,5 +106,7 @@ def _report(options: argparse.Namespace, message: str, code: int) -> int:
         message: One line.
         code: The exit code.
     """
-    print(f"{options.program}: {printable(message)}", file=sys.stderr)
+    more = getattr(options, "after_error", "")
+    text = with_collate(message, options) + f" {more}" * bool(more)
+    print(f"{options.program}: {printable(text)}", file=sys.stderr)
     return code

@@ -20,7 +20,9 @@ from opacus_pi.evaluation import evaluate
 from opacus_pi.evaluation.seen_examples import seen_in_training
 from opacus_pi.ledger.erased_examples import not_erased
 from opacus_pi.ledger.same_data import compared, same_data_set
+from opacus_pi.models.collating import Collating
 
+_NUM_READ = 64  # examples of the batch that is made as a trial
 _MOST = 0.5  # a larger share of training examples makes a test set useless
 _UNSEEN = (
     "but test examples must be unseen. Name examples that the model was not trained on."
@@ -37,12 +39,14 @@ class Sets:
             membership inference compares sets of the same size.
         test: Unseen examples.
         criterion: The loss.
+        collate_fn: Makes a batch of a list of items; None: torch's own.
     """
 
     forget: Any
     retain: Any
     test: Any
     criterion: Any
+    collate_fn: Any = None
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Compute every metric of one model.
@@ -56,6 +60,7 @@ class Sets:
             forget=self.forget,
             retain=self.retain,
             test=self.test,
+            collate_fn=self.collate_fn,
         )
 
 
@@ -97,6 +102,22 @@ def require_unseen(
         )
 
 
+def require_batches(train_set: Any, left_out: ArrayLike, collate_fn: Any) -> None:
+    """Make a batch of training examples, before a request is entered or a model runs.
+
+    Args:
+        train_set: The training set.
+        left_out: Positions that are not read.
+        collate_fn: Makes a batch of a list of items; None: torch's own.
+
+    Raises:
+        ValueError: If no batch can be made.
+    """
+    kept = np.setdiff1d(np.arange(len(train_set)), left_out)[:_NUM_READ]
+    if len(kept):
+        Collating(collate_fn)([train_set[int(i)] for i in kept])
+
+
 def _look_equal(one: Any, other: Any) -> bool:
     """Return whether two sets hold the same examples, as far as fingerprints tell."""
     name, other_name = fingerprint(one), fingerprint(other)
@@ -111,6 +132,7 @@ def make_sets(
     criterion: Any,
     seed: int,
     forgotten_before: ArrayLike = (),
+    collate_fn: Any = None,
 ) -> Sets:
     """Cut the training set into forget set and retain set.
 
@@ -122,6 +144,7 @@ def make_sets(
         criterion: The loss.
         seed: Seed of the draw from the retain set.
         forgotten_before: Positions that are not in the retain set either.
+        collate_fn: Makes a batch of a list of items; None: torch's own.
 
     Raises:
         ValueError: If the indices are bad, or the retain set would be empty.
@@ -136,4 +159,5 @@ def make_sets(
         retain=Subset(train_set, np.sort(drawn).tolist()),
         test=test_set,
         criterion=criterion,
+        collate_fn=collate_fn,
     )

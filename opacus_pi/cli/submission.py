@@ -5,7 +5,10 @@ one command entered is the one that the other carries out: the same examples, or
 same person, get the same name.
 """
 
+import argparse
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +18,10 @@ from opacus_pi.cli.owners import Owned
 from opacus_pi.unlearning.requests import DeletionRequests
 
 _OF_POSITIONS = "ids-"  # begins the name of a request that was given none
+_PENDING = (
+    "{log} has the request already, and it is pending ({names}). Repeat the command "
+    "without the error to carry it out."
+)
 
 
 def require_loggable(persons: list[str], request_id: str | None) -> None:
@@ -90,6 +97,26 @@ def _earlier(requests: DeletionRequests, forget: NDArray[np.int64]) -> str | Non
 def _random_name(start: str) -> str:
     """Return a name that says nothing of the examples or the person."""
     return f"{start}{secrets.token_hex(8)}"
+
+
+@contextmanager
+def said_if_pending(
+    options: argparse.Namespace, requests: DeletionRequests, names: list[str]
+) -> Iterator[None]:
+    """Have an error say that requests were entered, and wait to be carried out.
+
+    Args:
+        options: The parsed arguments; ``after_error`` is printed after the error.
+        requests: The requests of the log.
+        names: Those of this command.
+    """
+    waiting = [r.request_id for r in requests.pending if r.request_id in names]
+    if waiting:
+        options.after_error = _PENDING.format(
+            names=", ".join(waiting), log=requests.log.path
+        )
+    yield
+    options.after_error = ""
 
 
 def _submit_for(

@@ -35,6 +35,7 @@ from opacus_pi._validate import distinct_indices
 from opacus_pi.accounting.conversion import large_delta
 from opacus_pi.cli.errors import BadInput, about, one_line
 from opacus_pi.cli.inputs import (
+    import_collate,
     import_criterion,
     import_data_set,
     import_train_set,
@@ -51,8 +52,8 @@ from opacus_pi.cli.recorded_weights import (
 )
 from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.cli.run_files import new_directory
-from opacus_pi.cli.sets import make_sets, require_unseen
-from opacus_pi.cli.submission import require_loggable, submit
+from opacus_pi.cli.sets import make_sets, require_batches, require_unseen
+from opacus_pi.cli.submission import require_loggable, said_if_pending, submit
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.ledger.erased_examples import erased_in, not_erased
 from opacus_pi.ledger.fingerprint import fingerprint
@@ -93,8 +94,10 @@ def run(options: argparse.Namespace) -> int:
         distinct_indices("indices", forget, len(train_set))
     criterion = import_criterion(options)
     model = load_model(options, options.weights)
+    collate = import_collate(options)
+    require_batches(train_set, [*gone, *forget], collate)
     if test_set is not None:
-        _require_evaluable(model, test_set, criterion)
+        _require_evaluable(model, test_set, criterion, collate)
     unlearner = Unlearner(
         model,
         criterion=criterion,
@@ -114,8 +117,11 @@ def run(options: argparse.Namespace) -> int:
         "num_epochs": options.num_epochs,
         "batch_size": options.batch_size,
     }
+    settings = {**settings, "collate_fn": collate}
 
-    evaluation_of = _evaluation_of(train_set, test_set, criterion, options.seed or 0)
+    evaluation_of = _evaluation_of(
+        train_set, test_set, criterion, options.seed or 0, collate
+    )
     with new_directory(options.out) as directory:
         result: UnlearningResult | None
         if options.log:
@@ -136,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _evaluation_of(
-    train_set: Any, test_set: Any, criterion: Any, seed: int
+    train_set: Any, test_set: Any, criterion: Any, seed: int, collate_fn: Any
 ) -> Callable[..., Evaluate | None]:
     """Return a function from what a run forgets to its metrics.
 
@@ -149,6 +155,7 @@ def _evaluation_of(
         test_set: The test set, or None.
         criterion: The criterion.
         seed: Seed of the draw from the retain set.
+        collate_fn: Makes a batch of a list of items; None: torch's own.
     """
 
     def evaluation(
@@ -159,6 +166,7 @@ def _evaluation_of(
         sets = make_sets(
             *(train_set, test_set, forgotten, criterion, seed),
             forgotten_before=list(all_requested),
+            collate_fn=collate_fn,
         )
         return sets.metrics
 
@@ -229,13 +237,14 @@ def _carry_out(
     names = submit(requests, forget, owned, options.request_id)
     asked = {request.request_id for request in requests.pending}
     before = requested_indices(options.log, len(train_set)).tolist()
-    results = requests.process(
-        unlearner,
-        train_set,
-        together=True,
-        evaluation_of=lambda forgotten: evaluation_of(forgotten, before),
-        **settings,
-    )
+    with said_if_pending(options, requests, names):
+        results = requests.process(
+            unlearner,
+            train_set,
+            together=True,
+            evaluation_of=lambda forgotten: evaluation_of(forgotten, before),
+            **settings,
+        )
     is_own = [not set(names).isdisjoint(r.record["requests"]) for r in results]
     own = next(itertools.compress(results, is_own), None)
     done = [] if own is None else own.record["requests"]
@@ -310,20 +319,23 @@ def _test_set(
     return test_set
 
 
-def _require_evaluable(model: nn.Module, test_set: Any, criterion: Any) -> None:
+def _require_evaluable(
+    model: nn.Module, test_set: Any, criterion: Any, collate_fn: Any
+) -> None:
     """Evaluate the model on two test examples before a request is entered.
 
     Args:
         model: The trained model.
         test_set: The test set.
         criterion: The criterion.
+        collate_fn: Makes a batch of a list of items; None: torch's own.
 
     Raises:
         BadInput: If the test set is no data set of inputs and labels for this model.
     """
     few = Subset(test_set, range(min(2, len(test_set))))
     try:
-        predict(model, few, criterion)
+        predict(model, few, criterion, collate_fn=collate_fn)
     except (*MODEL_ERRORS, ValueError) as error:
         raise BadInput(
             f"--test: the model cannot be evaluated on it: {one_line(error)}. Name a "

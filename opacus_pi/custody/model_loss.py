@@ -46,8 +46,8 @@ _ROUGH = 2e-2  # in half precision
 _REMEDY = (
     "Compute the loss from the logits: the mean over each example's own labels, then "
     "the mean over the examples. TokenLoss of opacus_pi.integration.hugging_face does "
-    "this, in your loop or as Trainer(compute_loss_func=...): TokenLoss(shift=True) for "
-    "a causal language model, TokenLoss() for other labels of tokens."
+    "this, in your loop or as Trainer(compute_loss_func=...): TokenLoss(shift=True) "
+    "for a causal language model, TokenLoss() for other labels of tokens."
 )
 _NOT_THE_MEAN = (
     "The model returned a loss of {got:.6g} for a batch of {size} examples, but the "

@@ -12,6 +12,7 @@ error names ``opacus_pi.compatible.make_compatible`` as the remedy.
 A forward pass without a backward pass leaves Opacus waiting, and later steps fail with
 errors about missing gradients or shared parameters. So does activation checkpointing,
 which calls layers again during the backward pass. The note names the possible causes.
+An empty Poisson batch makes some models fail; the note says so.
 Ghost clipping allows one call of each layer before a backward pass. If outputs of an
 earlier forward pass still wait for theirs, or if the first forward pass of the model
 already fails, the note names this cause alone.
@@ -45,6 +46,7 @@ from opacus_pi.integration.opacus_compat import (
     norms_of_parameters,
     unfinished_calls,
 )
+from opacus_pi.models.batches import tensors_of
 from opacus_pi.models.copies import unwrap
 
 _NUM_NAMES = 3
@@ -106,6 +108,11 @@ _TWO_PASSES = (
 _CALLED_TWICE = (
     "The model calls a layer more than once in one forward pass. Ghost clipping allows "
     'one call of each layer. Use grad_sample_mode="hooks" or "fast".'
+)
+_EMPTY = (
+    "The batch is empty: Poisson sampling draws each example by chance, and drew none. "
+    "This model cannot run on 0 samples. Use a larger batch size, with which an empty "
+    "batch is rare (e to the power of -batch_size), or poisson_sampling=False."
 )
 _TYING = "Parameter tying"  # of Opacus's error for parameters that are called twice
 _EXPANDED_INDICES = (
@@ -262,7 +269,9 @@ def explain_forward_errors(hooks: AbstractGradSampleHooks) -> None:
     root = module_of(hooks)
     table = forward_hooks(root).values()
     if not any(isinstance(hook, _ExplainsForward) for hook in table):
-        handle = root.register_forward_hook(_ExplainsForward(), always_call=True)
+        handle = root.register_forward_hook(
+            _ExplainsForward(), always_call=True, with_kwargs=True
+        )
         keep_handle(root, handle)
 
 
@@ -275,10 +284,18 @@ class _ExplainsForward:
     def __init__(self) -> None:
         self._is_first = True  # no forward pass has left calls that wait
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+    def __call__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+    ) -> None:
         """Look at the error of a forward pass that has just ended, if there is one."""
         error = sys.exc_info()[1]
-        if isinstance(error, RuntimeError) and BACKWARD_HOOK_FUNCTION in str(error):
+        if error is not None and _is_empty((args, kwargs)):
+            add_note(error, _EMPTY)
+        elif isinstance(error, RuntimeError) and BACKWARD_HOOK_FUNCTION in str(error):
             add_note(error, _IN_PLACE)
         elif isinstance(error, NotImplementedError) and _TYING in str(error):
             is_in_backward = current_backward_pass() >= 0  # whose loss adds the note
@@ -299,6 +316,16 @@ class _ExplainsForward:
             add_note(error, _TWO_PASSES)
         else:
             explain_unfinished(error, module.parameters())
+
+
+def _is_empty(inputs: Any) -> bool:
+    """Return whether a forward pass was given no samples.
+
+    Args:
+        inputs: Those of the pass, nested. Some may have one row for all samples.
+    """
+    sizes = {tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()}
+    return 0 in sizes and sizes <= {0, 1}
 
 
 def _has_waiting_pass(module: nn.Module) -> bool:

@@ -34,12 +34,14 @@ from torch.utils.data import DataLoader
 
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, require
+from opacus_pi.integration.audited_run import Examples
 from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.integration.trainers import (
     require_preparation,
     require_setting,
     require_three,
 )
+from opacus_pi.models.collating import COLLATE_ERRORS, columns_of_text
 from opacus_pi.models.token_loss import TokenLoss
 
 __all__ = ["PrivacyCallback", "TokenLoss"]
@@ -55,7 +57,12 @@ _ONE_PROCESS = (
     "Write a loop of your own for several processes: wrap the model in "
     "opacus.distributed.DifferentiallyPrivateDistributedDataParallel."
 )
-_ONE_BATCH = "Use a larger per_device_train_batch_size, so that each update uses one "
+_ONE_BATCH = (
+    "Use a larger per_device_train_batch_size, so that each update uses one batch of "
+    'the loader. If it does not fit into memory: grad_sample_mode="fast" keeps no '
+    "per-example gradients, and allows gradient_checkpointing=True; or train in a loop "
+    "of your own with Opacus's BatchMemoryManager, which accumulates exactly."
+)
 _NOT_SEEN = (
     "The trainer computes the loss outside of the model, with compute_loss_func or a "
     "compute_loss of its own, and PrivacyCallback was given no criterion. Every number "
@@ -73,7 +80,7 @@ _DRAWN = (
 )
 _SETTINGS: dict[str, tuple[Any, str]] = {
     "world_size": (1, _ONE_PROCESS),
-    "gradient_accumulation_steps": (1, _ONE_BATCH + "batch of the loader."),
+    "gradient_accumulation_steps": (1, _ONE_BATCH),
     "fp16": (False, "Use bf16=True: a scaled loss changes the norms of the gradients."),
     "torch_compile": (False, "Leave it out: per-example gradients need hooks."),
     "auto_find_batch_size": (False, "Choose per_device_train_batch_size yourself."),
@@ -88,7 +95,8 @@ class PrivacyCallback(TrainerCallback):
     """Has an engine prepare model, optimizer and loader when ``Trainer.train`` begins.
 
     Model, data set, collator and arguments of the trainer do not change.
-    ``per_device_train_batch_size`` is the expected size of a batch. The trainer's own
+    ``per_device_train_batch_size`` is about the expected size of a batch: the number of
+    examples, divided by the number of batches in an epoch. The trainer's own
     ``max_grad_norm`` has no effect on a private training: gradients of single examples
     are clipped at the ``max_grad_norm`` of the callback. Checkpoints of the trainer get
     a file with the ledger and the accountant.
@@ -175,6 +183,7 @@ class PrivacyCallback(TrainerCallback):
         _check_loader(train_dataloader)
         self._optimizer = optimizer.optimizer
         self._loader = train_dataloader.base_dataloader
+        _check_columns(args, self._loader)
         options = self._all_options(args, state)
         if self._is_private:
             _check_recomputation(model, options.get("grad_sample_mode"))
@@ -441,3 +450,28 @@ def _check_loader(loader: Any) -> None:
         "must have a length, and be loaded by Trainer.get_train_dataloader",
         "Use a map-style data set, and leave get_train_dataloader as it is.",
     )
+
+
+def _check_columns(args: Any, loader: DataLoader[Any]) -> None:
+    """Raise if the collator fails on columns of texts, which the trainer has kept.
+
+    Args:
+        args: The trainer's arguments.
+        loader: The loader that the trainer has made; two items are read.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if args.remove_unused_columns:
+        return
+    examples = Examples(loader.dataset, loader.collate_fn, 2)
+    items = next(map(examples.items, examples.places(1)), [])
+    if names := ", ".join(columns_of_text(items)):
+        try:
+            examples.collated(items)
+        except COLLATE_ERRORS as error:
+            raise ValueError(
+                "remove_unused_columns must be True, or the data set without texts, "
+                f"got False and the columns {names}, of which the collator cannot make "
+                f"tensors. Pass data_set.remove_columns([{names}]) as train_dataset."
+            ) from error

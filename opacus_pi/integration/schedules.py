@@ -149,11 +149,11 @@ def _repeated_in_a_batch(sampler: Any, batch_size: int) -> str | None:
     if num_samples <= num_examples or num_examples % batch_size == 0:
         return None
     return (
-        f"{type(sampler).__name__} draws {num_samples} samples in one pass, and begins again when "
-        f"it has drawn all {num_examples} examples. A batch of {batch_size} samples "
-        "may be drawn from two of these rounds, so an example may be in it twice, and "
-        "max_grad_norm does not bound what it contributes. Use a batch size that "
-        "divides the number of examples, or shuffle=True and more epochs."
+        f"{type(sampler).__name__} draws {num_samples} samples in one pass, and begins "
+        f"again when it has drawn all {num_examples} examples. A batch of {batch_size} "
+        "samples may be drawn from two of these rounds, so an example may be in it "
+        "twice, and max_grad_norm does not bound what it contributes. Use a batch size "
+        "that divides the number of examples, or shuffle=True and more epochs."
     )
 
 

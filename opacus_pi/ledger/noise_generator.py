@@ -30,7 +30,7 @@ GLOBAL, PASSED, SECURE = "global", "passed", "secure"
 NOISE_GENERATORS = MappingProxyType(
     {
         GLOBAL: "torch's global pseudo-random generator",
-        PASSED: "a pseudo-random generator that was passed to the engine",
+        PASSED: "a pseudo-random generator other than torch's global one",
         SECURE: "a cryptographically secure generator (secure_mode)",
     }
 )

@@ -49,6 +49,8 @@ _PARTS = {
     "g": "the sizes and ends of evenly spaced files",
 }
 _CONTENT = {*_PARTS} - {"o", "y"}  # these tell something about the inputs
+_INPUTS = {"x", "e", "s"}
+_PREPROCESSED = " (was another tokenizer used, or another preprocessing?)"
 _WHOLE = {"e", "w"}  # these depend on every example and its position
 # A data set may count or note something in these while it is used, so a difference is
 # no reason to refuse. But positions may then name other examples.
@@ -109,7 +111,8 @@ def difference(one: str, other: str) -> str:
     for letter, words in _PARTS.items():
         if letter in parts and letter in others and parts[letter] != others[letter]:
             found.append(_DIFFERENCES.get(letter, words))
-    return "; ".join(found)
+    only_inputs = bool(found) and {*found} <= {_DIFFERENCES[x] for x in _INPUTS}
+    return "; ".join(found) + _PREPROCESSED * only_inputs
 
 
 def _difference_of_bases(one: str, other: str) -> str:

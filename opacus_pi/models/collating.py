@@ -16,11 +16,12 @@ from typing import Any
 
 from torch.utils.data import default_collate
 
-__all__ = ["Collating"]
+__all__ = ["COLLATE_ERRORS", "Collating", "columns_of_text"]
 
 Collate = Callable[[list[Any]], Any]
 
-_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+COLLATE_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+"""What a function that makes batches may raise for items that it cannot use."""
 
 _NOT_GIVEN = (
     "No collate_fn was given, and torch cannot make a batch of these items ({error})."
@@ -59,18 +60,18 @@ class Collating:
         collate = self._collate_fn or default_collate
         try:
             return collate(items)
-        except _ERRORS as error:
+        except COLLATE_ERRORS as error:
             first = f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(".")
             is_given = self._collate_fn is not None
             text = (_FAILED if is_given else _NOT_GIVEN).format(error=first)
-            names = ", ".join(_columns_of_text(items))
+            names = ", ".join(columns_of_text(items))
             remedies = [] if is_given else [_PASS]
             remedies += [_COLUMNS.format(names=names)] if names else []
             remedy = " ".join(remedies or [_OTHER])
             raise ValueError(f"{text} {remedy}") from error
 
 
-def _columns_of_text(items: Sequence[Any]) -> list[str]:
+def columns_of_text(items: Sequence[Any]) -> list[str]:
     """Return the names of the entries of an item that are texts."""
     first = items[0] if len(items) else None
     if not isinstance(first, Mapping):

@@ -30,7 +30,9 @@ _NOT_SHIFTED = (
     "TokenLoss(shift=True): then they are compared with the label at the next one."
 )
 _IS_CAUSAL = "The model returned a {kind}, the outputs of a causal language model"
-_SHIFTED = " If your labels are those of the next position, pass TokenLoss(shift=False)."
+_SHIFTED = (
+    " If your labels are those of the next position, pass TokenLoss(shift=False)."
+)
 _IS_COPIED = "The labels are the input_ids, as for a causal language model"
 
 

@@ -214,6 +214,11 @@ class Plan(Shown):
         """Return the guarantee in words, or what it needs to be known."""
         if self.guarantee != _UNKNOWN:
             return self.guarantee.text(delta)
+        if self.rewind is not None:  # it needs the model
+            return (
+                "What may be claimed afterwards depends on the unlearning method, "
+                "which was not named."
+            )
         return (
             "What may be claimed afterwards depends on the unlearning method and on "
             "the model, which were not named."

@@ -177,3 +177,35 @@ def test_other_errors_stay_as_they_are(monkeypatch):
     monkeypatch.setattr("opacus_pi.integration.optimizers.joint_norms", broken)
     note = note_of(lambda: trained(expanded=True))
     assert note == "stack expects each tensor to be on one device"
+
+
+class Heads(nn.Module):
+    """Like attention, it computes the number of samples from that of the entries."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, shared=None):
+        return self.layer(x).view(x.shape[0], -1, 2).sum(1)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "fast"])
+@pytest.mark.parametrize(("size", "noted"), [(0, True), (3, False)])
+def test_an_empty_batch_is_named_with_what_to_do(mode, size, noted):
+    model = Heads()
+    hooks, *_ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.zeros(8, 4)), batch_size=2),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        wrap_model=False,
+        grad_sample_mode=mode,
+    )
+    width = 4 if size == 0 else 5  # another error
+    with pytest.raises(RuntimeError) as caught:
+        model(x=torch.zeros(size, width), shared=torch.zeros(1, 4))
+    text = str([*caught.value.args, *getattr(caught.value, "__notes__", [])])
+    assert ("poisson_sampling=False" in text) == noted

@@ -236,7 +236,9 @@ def test_the_own_loss_of_a_model_is_looked_at(tmp_path):
 @pytest.mark.parametrize("mode", ["hooks", "fast"])
 def test_a_loss_divided_by_the_tokens_of_a_batch_stops_the_training(tmp_path, mode):
     data, options = sentences(token_labels=True), PRIVATE | {"grad_sample_mode": mode}
-    with pytest.raises(AccountingError, match=r"number of tokens.*TokenLoss\(shift=True\)"):
+    with pytest.raises(
+        AccountingError, match=r"number of tokens.*TokenLoss\(shift=True\)"
+    ):
         train(language_model(), data, tmp_path, options=options)
 
 
@@ -394,6 +396,31 @@ def test_a_trainer_that_groups_by_length_is_told_what_it_may_use(tmp_path):
             options=options,
             train_sampling_strategy="group_by_length",
         )
+
+
+def test_accumulation_names_what_else_saves_memory(tmp_path):
+    with pytest.raises(ValueError, match='grad_sample_mode="fast".*BatchMemoryManager'):
+        train(classifier(), sentences(), tmp_path, gradient_accumulation_steps=2)
+
+
+def without_texts(items):
+    kept = [{k: v for k, v in item.items() if k != "text"} for item in items]
+    return torch.utils.data.default_collate(kept)
+
+
+@pytest.mark.parametrize(
+    ("collate_fn", "unused", "refused"),
+    [(padded, False, True), (without_texts, False, False), (padded, True, False)],
+)
+def test_columns_of_texts_that_are_kept(tmp_path, collate_fn, unused, refused):
+    data = [one | {"text": "a text"} for one in sentences()]
+    rest = {"collate_fn": collate_fn, "remove_unused_columns": unused}
+    if not refused:
+        train(classifier(), data, tmp_path, num_train_epochs=1, **rest)
+        return
+    remedy = r"remove_columns\(\['text'\]\) as train_dataset"
+    with pytest.raises(ValueError, match=f"remove_unused_columns must.*{remedy}"):
+        train(classifier(), data, tmp_path, **rest)
 
 
 def test_a_clipped_monitored_training_is_refused(tmp_path):

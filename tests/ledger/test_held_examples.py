@@ -328,3 +328,18 @@ def test_a_file_that_was_changed_is_read_again(tmp_path):
 )
 def test_a_difference_names_what_differs(other, words):
     assert difference("Held:4:0123456789abcdef", other) == words
+
+
+@pytest.mark.parametrize(
+    ("changed", "asks"),
+    [("input_ids", True), ("label", False), ("both", False)],
+)
+def test_inputs_alone_may_come_from_another_tokenizer(changed, asks):
+    def texts(ids, labels):
+        place = torch.arange(9)
+        rows = torch.stack([place, place + ids], 1)
+        return fingerprint(TensorDataset(rows, place % 2 + labels))
+
+    other = texts(int(changed != "label"), int(changed != "input_ids"))
+    words = difference(texts(0, 0), other)
+    assert words and ("was another tokenizer used" in words) == asks
