@@ -9,7 +9,7 @@ do about it, or None. Training goes on in any case; only the numbers are refused
 
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from opacus.data_loader import CollateFnWithEmpty
 from opacus.utils.uniform_sampler import (
@@ -120,7 +120,7 @@ def replaced_sampler(loader: DataLoader[Any]) -> str | None:
     )
 
 
-def _is_random(sampler: Any) -> bool:
+def _is_random(sampler: Any) -> TypeGuard[RandomSampler]:
     """Return whether a sampler is torch's ``RandomSampler``, or Accelerate's.
 
     Accelerate's ``SeedableRandomSampler``, which a ``Trainer`` has, seeds the generator
