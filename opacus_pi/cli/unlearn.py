@@ -113,15 +113,8 @@ def run(options: argparse.Namespace) -> int:
     elif going_back:
         unlearner.plan_rewind(forget, **going_back)
 
-    settings = going_back or {
-        "num_epochs": options.num_epochs,
-        "batch_size": options.batch_size,
-    }
-    settings = {**settings, "collate_fn": collate}
-
-    evaluation_of = _evaluation_of(
-        train_set, test_set, criterion, options.seed or 0, collate
-    )
+    settings = _settings(options, going_back, collate)
+    evaluation_of = _evaluation_of(options, train_set, test_set, criterion, collate)
     with new_directory(options.out) as directory:
         result: UnlearningResult | None
         if options.log:
@@ -141,8 +134,26 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(
+    options: argparse.Namespace, going_back: dict[str, Any], collate_fn: Any
+) -> dict[str, Any]:
+    """Return the settings of the run that the library carries out.
+
+    Args:
+        options: The parsed arguments.
+        going_back: The arguments of a rewind; empty: no rewind.
+        collate_fn: Makes a batch of a list of items; None: torch's own.
+    """
+    own = {"num_epochs": options.num_epochs, "batch_size": options.batch_size}
+    return {**(going_back or own), "collate_fn": collate_fn}
+
+
 def _evaluation_of(
-    train_set: Any, test_set: Any, criterion: Any, seed: int, collate_fn: Any
+    options: argparse.Namespace,
+    train_set: Any,
+    test_set: Any,
+    criterion: Any,
+    collate_fn: Any,
 ) -> Callable[..., Evaluate | None]:
     """Return a function from what a run forgets to its metrics.
 
@@ -151,10 +162,11 @@ def _evaluation_of(
     returns None if there is nothing to evaluate on.
 
     Args:
+        options: The parsed arguments; their seed is that of the draw from the retain
+            set.
         train_set: The training set.
         test_set: The test set, or None.
         criterion: The criterion.
-        seed: Seed of the draw from the retain set.
         collate_fn: Makes a batch of a list of items; None: torch's own.
     """
 
@@ -164,7 +176,7 @@ def _evaluation_of(
         if test_set is None or not len(not_erased(train_set, forgotten)):
             return None
         sets = make_sets(
-            *(train_set, test_set, forgotten, criterion, seed),
+            *(train_set, test_set, forgotten, criterion, options.seed or 0),
             forgotten_before=list(all_requested),
             collate_fn=collate_fn,
         )

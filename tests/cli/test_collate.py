@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from opacus_pi.cli import main, unlearn
+from opacus_pi.cli import unlearn
 
 SOURCE = """
 import torch
@@ -76,7 +76,8 @@ PAD = ("--collate", "padded_project:pad")
 
 
 @pytest.fixture(scope="module")
-def padded(tmp_path_factory):
+def project(tmp_path_factory):
+    """The project of this page, in place of that of the other tests."""
     folder = tmp_path_factory.mktemp("padded")
     (folder / "padded_project.py").write_text(SOURCE)
     torch.manual_seed(0)
@@ -86,19 +87,6 @@ def padded(tmp_path_factory):
     other = {name: x + 0.1 for name, x in state.items()}
     safetensors.torch.save_file(other, folder / "other.safetensors")
     return folder
-
-
-@pytest.fixture
-def run(padded, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(padded)
-    monkeypatch.syspath_prepend(str(padded))
-
-    def go(*words):
-        code = main([str(word) for word in words])
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err
-
-    return go
 
 
 WEIGHTS = ("--weights", "model.safetensors")
