@@ -352,14 +352,14 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _kept_text(kept: Sequence[int]) -> str:
-    """Return the sentence about runs whose entry may not be disclosed, or nothing."""
+    """Return the sentence about entries that may not be disclosed, or nothing."""
     if not kept:
         return ""
     return (
         f"Not disclosed: {', '.join(map(str, kept))}. An earlier release wrote these "
-        "entries about runs, with the seed of the run or a fingerprint of the "
-        "examples that remain. Both are for the owner of the log only. The kind and "
-        "the time of the entries are in the file.\n"
+        "entries, with the seed of a run, or a fingerprint of the training set or of "
+        "the examples that remain. These are for the owner of the log only. The kind "
+        "and the time of the entries are in the file.\n"
     )
 
 

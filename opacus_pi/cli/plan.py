@@ -160,10 +160,10 @@ def _rewind(
     size = training.record.num_examples
     distinct_indices("forget_indices", plan.forget, size)
     require_rest(size - len(np.union1d(plan.forget, plan.forgotten_before)), size)
-    training.require_architecture()
     found = training.plan(
         plan.forget, plan.forgotten_before, deletion_policy, log.forgotten_exactly
     )
+    training.require_architecture(found)
     if found.is_free and log.history.left not in ("", checkpoints.record.weights):
         raise BadInput(
             f"--log: for this request nothing would have to be trained again, but the "

@@ -10,7 +10,8 @@ With ``--checkpoints`` nothing is fine-tuned: the library goes back to a saved s
 the training, and trains the rest without the examples.
 
 *Guarantee.* If the command fails or is killed, no incomplete result exists. A request
-that was entered stays pending, and repeating the command carries it out once.
+that was entered stays pending, and repeating the command carries it out once, or writes
+the result of the run that was carried out.
 
 *What breaks it.* Weights that are changed or removed beside the log: then the library
 refuses to continue.
@@ -62,8 +63,15 @@ from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning import Unlearner, UnlearningResult
 from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
-from opacus_pi.unlearning.saved_result import save_result
+from opacus_pi.unlearning.saved_result import WEIGHTS, save_result
 from opacus_pi.unlearning.watching import Evaluate
+
+_NO_RESULT = (
+    "Nothing is left to do, and nothing was written: an earlier release made the last "
+    "run, and did not store its result. The weights beside the log honour every request, "
+    "but never give that file to others: it lists the forgotten examples. The next run "
+    "stores its result."
+)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,8 +81,8 @@ def run(options: argparse.Namespace) -> int:
         options: The parsed arguments of ``unlearn``.
 
     Returns:
-        The exit code. A request that an earlier command carried out is a success, and
-        writes no directory.
+        The exit code. A request that an earlier command carried out is a success: the
+        directory then has the result of the last run, which covers it.
 
     Raises:
         BadInput: If an argument, a file or an object cannot be used.
@@ -127,8 +135,8 @@ def run(options: argparse.Namespace) -> int:
             result, request = carry_out(train_set, forget, **settings), {}
         if result is not None:
             save_result(directory, result, options.delta)
-    facts = {"format": "opacus_pi.cli.unlearn.v1", "out": options.out, **request}
-    facts |= _run_facts(result, options.delta, len(train_set))
+    facts = {"format": "opacus_pi.cli.unlearn.v1", "out": options.out}
+    facts |= _run_facts(result, options.delta, len(train_set)) | request
     facts |= {"num_erased": len(erased_in(train_set)), "also_of": options.also_of}
     answer(options, facts, _text(facts, result))
     return 0
@@ -232,8 +240,9 @@ def _carry_out(
         going_back: The arguments of a rewind; empty: no rewind.
 
     Returns:
-        The result of this command's own requests, None if earlier commands carried them
-        out; facts about the log and about other requests that were pending.
+        The result of this command's own requests, or of the last run if earlier
+        commands carried them out, None if no result of it is stored; facts about the
+        log and about other requests that were pending.
     """
     has_earlier = os.path.exists(options.log)
     with about("--log", "Restore the file from a copy, or name another."):
@@ -261,6 +270,7 @@ def _carry_out(
     own = next(itertools.compress(results, is_own), None)
     done = [] if own is None else own.record["requests"]
     facts = {
+        "carried_out": own is not None,
         "request_id": names[0] if len(names) == 1 else None,
         "request_ids": names,
         "persons": [*owned],
@@ -274,6 +284,8 @@ def _carry_out(
         "weights": str(requests.weights_path),
         "also_carried_out": [_pending(r.record) for r in results if r is not own],
     }
+    if own is None:
+        own = requests.last_result(unlearner.model, names)
     return own, facts
 
 
@@ -423,20 +435,20 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
     if facts["num_erased"]:
         parts.insert(0, _erased(facts["num_erased"]))
     if result is None:
-        before = " ".join(_done_before(facts))
+        return "\n\n".join([*parts, f"{' '.join(_done_before(facts))} {_NO_RESULT}"])
+    if facts["carried_out"]:
+        record = result.record
+        size, method = len(record["forget_indices"]), record["method"]
         parts.append(
-            f"{before} Nothing is left to do.\n"
-            f"The weights that honour every request: {facts['weights']}."
+            f"{_forgot(size, method, facts['num_steps'])}, {facts['seconds']:.1f} s."
+            f"{_left_out(record)} Written to {facts['out']}."
         )
-        return "\n\n".join(parts)
-    record = result.record
-    forgot = _forgot(
-        len(record["forget_indices"]), record["method"], facts["num_steps"]
-    )
-    parts.append(
-        f"{forgot}, {facts['seconds']:.1f} s.{_left_out(record)} "
-        f"Written to {facts['out']}."
-    )
+    else:
+        parts.append(
+            f"{' '.join(_done_before(facts))} Nothing is left to do. Written to "
+            f"{facts['out']}: the weights that honour every request "
+            f"({WEIGHTS}), with what the last run claims for all of them."
+        )
     if facts["before"]:
         rows = [(n, v, facts["after"][n]) for n, v in facts["before"].items()]
         parts.append(table(("metric", "before", "after"), rows))
@@ -445,7 +457,7 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
         parts.append(facts["large_delta"])
     if facts["also_of"]:
         parts.append(shared_text(facts["also_of"]))
-    if "head" in facts:
+    if "head" in facts and facts["carried_out"]:
         parts += _of_log(facts)
     return "\n\n".join(parts)
 

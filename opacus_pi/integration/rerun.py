@@ -29,6 +29,7 @@ from opacus_pi.integration.held_weights import held_by
 from opacus_pi.ledger.participation_record import ParticipationRecord
 from opacus_pi.models.batches import forward, inputs_and_targets, size_of, to_device
 from opacus_pi.models.collating import Collating
+from opacus_pi.models.module_list import difference, module_list
 
 __all__ = ["Rerun", "require_architecture", "require_repeatable"]
 
@@ -337,19 +338,28 @@ def require_flat_clipping(state: Mapping[str, Any]) -> None:
 
 
 def require_architecture(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse a model that does not have the tensors of a run's model.
+    """Refuse a model that does not have the tensors and modules of a run's model.
 
     Args:
-        model: A plain module; only the names and shapes of its tensors count.
-        state: Any state of the run.
+        model: A plain module; the values of its tensors do not count.
+        state: The state from which the training is repeated. Those of earlier releases
+            do not say which modules the model had.
 
     Raises:
-        ValueError: If a tensor is missing or has another shape.
+        ValueError: If a tensor is missing or has another shape, or a module is of
+            another type or has other settings.
     """
     found = _first_difference(model.state_dict(), state["model"])
     require(
         not found,
         f"model: its tensors are not those of the saved state: {found}.",
+        _SAME_MODEL,
+    )
+    listed = state.get("modules")
+    differs = difference(listed, module_list(model)) if isinstance(listed, str) else ""
+    require(
+        not differs,
+        f"model: its modules are not those of the saved state ({differs}).",
         _SAME_MODEL,
     )
 

@@ -24,6 +24,7 @@ from opacus_pi._validate import require
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.own_steps import ClearedStates, has_own_step_hooks
 from opacus_pi.models.copies import unwrap
+from opacus_pi.models.module_list import module_list
 from opacus_pi.recording.state_file import copied
 
 # Entries of a parameter group that are recorded by themselves, or act through the rate.
@@ -95,6 +96,7 @@ class TrainingStates:
         random_states = _FIRST if self._run_state is None or not num_steps else None
         return {
             "model": module.state_dict(),
+            "modules": module_list(module),
             "optimizer": plain.state_dict(),
             "optimizer_class": f"{type(plain).__module__}.{type(plain).__qualname__}",
             "parameters": _names_of_groups(module, plain),

@@ -25,6 +25,7 @@ __all__ = [
     "same_data_set",
     "same_transforms",
     "unlike_what_remains",
+    "without_hashes",
     "without_transforms",
 ]
 
@@ -209,6 +210,21 @@ def base_of(name: str) -> str:
         name: A fingerprint.
     """
     return _parts(name)[0]
+
+
+def without_hashes(name: str) -> str:
+    """Return class and length of a fingerprint, which tell nothing of an example.
+
+    Whoever holds all examples but one can guess that one, and try it by the hashes.
+
+    >>> without_hashes("Faces:600:8cc4e2b29a3c0356:p0000000000000000")
+    'Faces:600'
+
+    Args:
+        name: A fingerprint, or a name that a user gave, which is returned as it is.
+    """
+    found = _FIELDS.fullmatch(base_of(name))
+    return name if found is None else f"{found[1]}:{found[2]}"
 
 
 def num_erased(name: str) -> int:

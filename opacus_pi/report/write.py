@@ -19,6 +19,7 @@ from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.replaced_content import require_replaceable
 from opacus_pi.files.strict_json import json_text, strict
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
+from opacus_pi.ledger.same_data import without_hashes
 from opacus_pi.report.figures import distribution_pictures, trace_pictures
 from opacus_pi.report.page import render
 from opacus_pi.report.run import Barriers, Unlearned, run_facts
@@ -137,7 +138,7 @@ def training_facts(ledger: Ledgers) -> dict[str, Any]:
     first = runs[0]
     mechanism = first.mechanism
     return {
-        "data_set": first.data_set,
+        "data_set": None if first.data_set is None else without_hashes(first.data_set),
         "num_runs": len(runs),
         "num_rows": first.num_rows,
         "source": first.source,

@@ -178,9 +178,14 @@ class DeletionLog:
     @property
     def head(self) -> str:
         """Hash of the last entry; note it elsewhere to notice missing last entries."""
-        with _connected(self.path, "rw") as connection:
-            last = _last(connection, self.path)
+        last = self.last
         return last.hash if last else START
+
+    @property
+    def last(self) -> Entry | None:
+        """The last entry, or None; of the chain, only this entry is verified."""
+        with _connected(self.path, "rw") as connection:
+            return _last(connection, self.path)
 
     def entries(self) -> Iterator[Entry]:
         """Read all entries, oldest first, each verified before it is returned.

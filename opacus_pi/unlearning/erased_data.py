@@ -6,7 +6,8 @@ the rest can be compared with: that of the whole data set no longer fits.
 
 The fingerprint has an entry of its own, before that of the run, because no auditor may
 see it: whoever holds the original data can try which examples to leave out until the
-fingerprint fits, and so learns what was forgotten.
+fingerprint fits, and so learns what was forgotten. That of the whole training set has
+one, too: whoever holds the examples that remain can try which ones to add.
 
 *Guarantee.* A data set is accepted only if exactly the forgotten examples are missing,
 and all others agree with the log in every part of the fingerprint that it stores.
@@ -32,7 +33,8 @@ from opacus_pi.ledger.same_data import (
 )
 from opacus_pi.unlearning.deletion_log import Entry
 
-REMAINING = "remaining"  # kind of the entry; the payload of ``what_remains``
+TRAINING_SET = "training set"  # kind of an entry: fingerprint and length
+REMAINING = "remaining"  # kind of an entry; the payload of ``what_remains``
 _REMEDY = (
     "Pass the training set as it was, or without exactly the examples that were "
     "forgotten: the others in their old order, or all in their old places with "

@@ -1,8 +1,8 @@
 """The weights that honour the requests of a log, and what their file says about them.
 
 Besides the weights, the file holds which requests they honour, which examples they have
-forgotten and by what kind of runs. It is replaced in one step, so that the weights and
-these facts always belong together.
+forgotten and by what kind of runs, and what the last run returned. It is replaced in
+one step, so that the weights and these facts always belong together.
 
 That is what makes ``requests`` safe against crashes. If the facts were in the log and
 the weights in a file, a crash between the two writes would leave a request that is
@@ -12,6 +12,7 @@ marked as done but not honoured, or one that is carried out twice.
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning.history import History, history_from_json
+from opacus_pi.unlearning.stored_run import StoredRun, run_from_json
 from opacus_pi.unlearning.unlearner import Unlearner
 
 
@@ -41,6 +43,7 @@ class StoredWeights:
             releases, which do not say it, all of ``forgotten``, so that no later run
             weakens a request.
         history: The runs that the weights went through.
+        run: What the last run returned; None in files of earlier releases.
     """
 
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -49,6 +52,7 @@ class StoredWeights:
     forgotten: tuple[int, ...] = ()
     forgotten_exactly: tuple[int, ...] = field(default=(), kw_only=True)
     history: History = field(default_factory=History)
+    run: StoredRun | None = field(default=None, kw_only=True)
 
 
 def weights_path_of(path: str | os.PathLike[str]) -> Path:
@@ -63,15 +67,23 @@ def weights_path_of(path: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(path)}.safetensors")
 
 
-def store_weights(path: Path, unlearner: Unlearner, entries: Iterable[str]) -> None:
+def store_weights(
+    path: Path, unlearner: Unlearner, entries: Iterable[str], run: StoredRun
+) -> None:
     """Write an unlearner's weights and what they honour in one atomic step.
+
+    The log has the hash of the file, and others may see it, with the weights. The file
+    has random bytes, so that what it says besides cannot be found by trying.
 
     Args:
         path: The file.
         unlearner: Its model, what it has forgotten, and its history are stored.
         entries: Hashes of the entries of the requests that the weights honour.
+        run: What the last run returned.
     """
     facts = {
+        "random": secrets.token_hex(32),
+        "run": run.to_json(),
         "honoured_entries": json.dumps(sorted(entries)),
         "forgotten": json.dumps(unlearner.forgotten.tolist()),
         "forgotten_exactly": json.dumps(unlearner.forgotten_exactly.tolist()),
@@ -101,8 +113,10 @@ def stored_weights(path: Path, num_examples: int) -> StoredWeights:
     rows = _list_from(facts.get("forgotten"))
     exactly = _list_from(facts.get("forgotten_exactly", facts.get("forgotten")))
     history = history_from_json(facts.get("history"))
+    run = run_from_json(facts["run"]) if "run" in facts else None
     expect(
         history is not None
+        and (run is not None or "run" not in facts)
         and all(isinstance(name, str) for name in honoured)
         and all(type(row) is int and 0 <= row < num_examples for row in rows)
         and all(type(row) is int for row in exactly)
@@ -119,6 +133,7 @@ def stored_weights(path: Path, num_examples: int) -> StoredWeights:
         *(state, frozenset(entries), frozenset(names), tuple(rows)),
         cast(History, history),
         forgotten_exactly=tuple(exactly),
+        run=run,
     )
 
 

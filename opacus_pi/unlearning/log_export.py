@@ -5,11 +5,12 @@ sees how many requests there were and when each was carried out. What an entry s
 asked, for which examples) is in the file only for the entries that are disclosed,
 together with the salt that opens the commitment in the chain.
 
-Some content is for the owner of the log alone and is never disclosed: the fingerprint
-of the examples that remain, because with the original data it tells which were
-forgotten, and the seed of a run, because with the data that remain the noise and the
-updates of the run can be computed again. Entries of earlier releases about a run have
-one or both of them; entries of this release are about one thing each.
+Some content is for the owner of the log alone and is never disclosed: the fingerprints
+of the training set and of the examples that remain, because trying which examples to
+add or to leave out tells which were forgotten, and the seed of a run, because with the
+data that remain the noise and the updates of the run can be computed again. Entries of
+earlier releases about a request or a run may have them; entries of this release are
+about one thing each.
 
 *Guarantee.* A file that ``verify_export`` accepts with a head that was noted elsewhere
 has the entries of that log, and the disclosed content is what was entered.
@@ -50,10 +51,11 @@ from opacus_pi.unlearning.deletion_log import (
     num_added_since,
 )
 from opacus_pi.unlearning.entry_hashes import commitment_of, entry_hash
-from opacus_pi.unlearning.erased_data import REMAINING
+from opacus_pi.unlearning.erased_data import REMAINING, TRAINING_SET
 
 __all__ = ["export_log", "exported_entries", "is_for_owner_only", "verify_export"]
 
+_HIDDEN = ("data_set", "remaining", "seed")  # in entries of earlier releases
 _FACTS = ("number", "time", "kind", "commitment", "previous", "hash")
 _MORE = ("state", "content")  # of an entry
 _DISCLOSED, _WITHHELD, _REDACTED = "disclosed", "withheld", "redacted"
@@ -85,9 +87,9 @@ def export_log(
                 "disclose",
                 entry.number,
                 "must name entries that others may read",
-                f"Entry {entry.number} has the fingerprint of the examples that "
-                "remain, or the seed of a run. Leave it out: its time and kind are in "
-                "the file in any case.",
+                f"Entry {entry.number} has the fingerprint of the training set or of "
+                "the examples that remain, or the seed of a run. Leave it out: its "
+                "time and kind are in the file in any case.",
             )
             salt, name, body = shown[entry.number]
             facts["state"] = _DISCLOSED
@@ -108,9 +110,8 @@ def is_for_owner_only(entry: Entry) -> bool:
     """
     payload = entry.payload or {}
     run = payload.get("run")
-    has_seed = isinstance(run, dict) and "seed" in run
-    of_earlier_release = entry.kind == "done" and (has_seed or "remaining" in payload)
-    return entry.kind == REMAINING or of_earlier_release
+    names = {*payload, *(run if isinstance(run, dict) else ())}
+    return entry.kind in (TRAINING_SET, REMAINING) or not names.isdisjoint(_HIDDEN)
 
 
 def exported_entries(path: str | os.PathLike[str]) -> list[Entry]:

@@ -1,6 +1,6 @@
-"""What a deletion log stores about a run: no examples, no seed, and a bound only.
+"""What a deletion log stores about a run: its settings, and a bound only.
 
-In a log only the requests name examples. What only the owner may know stays in the
+In a log only the requests name examples. What would tell which, and what only the owner may know stays in the
 record of the run, because a log is shown to others.
 """
 
@@ -17,8 +17,9 @@ _LISTS_OF_EXAMPLES = {
     "forgotten_exactly": "num_forgotten_exactly",
 }
 # Of a record, for the owner alone: with the seed of a run, and the data that it used,
-# its noise and its updates can be computed again.
-_OWNER_ONLY = ("seed",)
+# its noise and its updates can be computed again; and whoever has all examples but one
+# can guess that one, and try it by the fingerprint of the training set.
+_OWNER_ONLY = ("seed", "data_set")
 _DELTA = 1e-5  # at which the log states ε if the guarantee names no δ
 
 
@@ -32,10 +33,10 @@ def run_facts(result: UnlearningResult) -> dict[str, Any]:
 
 
 def to_be_logged(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's record without its seed, and with numbers in place of examples.
+    """Return what may be shown of a run's record, with numbers in place of examples.
 
     In a log only the requests name examples: when they are redacted, nothing is left.
-    The seed stays in the owner's record, because a log is shown to others.
+    The rest stays in the owner's record, because a log is shown to others.
 
     Args:
         record: Of ``UnlearningResult``.

@@ -11,7 +11,7 @@ from typing import Any, cast
 from opacus_pi._validate import expect, require
 from opacus_pi.ledger.same_data import same_data_set
 from opacus_pi.unlearning.deletion_log import Entry
-from opacus_pi.unlearning.erased_data import facts_of_remaining
+from opacus_pi.unlearning.erased_data import TRAINING_SET, facts_of_remaining
 
 _HEX = set("0123456789abcdef")
 IF_ERASED = (
@@ -105,8 +105,8 @@ def training_set_in(entries: Iterable[Entry]) -> tuple[int | None, str | None]:
     size: int | None = None
     data_set: str | None = None
     for entry in entries:
-        is_request = entry.kind == "request"
-        facts = (entry.payload if is_request else facts_of_remaining(entry)) or {}
+        in_itself = entry.kind in ("request", TRAINING_SET)
+        facts = (entry.payload if in_itself else facts_of_remaining(entry)) or {}
         if type(facts.get("num_examples")) is int:
             size = facts["num_examples"]
         if isinstance(facts.get("data_set"), str):
@@ -118,11 +118,12 @@ def require_num_examples(entry: Entry, num_examples: int) -> None:
     """Refuse a request that names another number of examples.
 
     Args:
-        entry: Any entry. Requests of earlier releases name none.
+        entry: Any entry. Requests, but for those of earlier releases, and the entry
+            about the training set name it.
         num_examples: Length of the training set.
     """
     named = (entry.payload or {}).get("num_examples")
-    if entry.kind != "request" or not isinstance(named, int):
+    if entry.kind not in ("request", TRAINING_SET) or not isinstance(named, int):
         return
     expect(
         named == num_examples,
@@ -137,7 +138,8 @@ def _require_data_set(entry: Entry, data_set: str | None) -> None:
     """Refuse an entry about another data set, as far as both are known.
 
     Args:
-        entry: A request, or what was done; both may name the fingerprint.
+        entry: Any entry. That about the training set names the fingerprint, those about
+            what remains do, and in earlier releases requests and runs.
         data_set: The fingerprint of the training set; None: not known.
     """
     payload = entry.payload or {}

@@ -10,14 +10,16 @@ forgotten example comes back. *What breaks it:* removing the weights file, or pu
 older one in its place; both are noticed and refused.
 """
 
+import copy
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import Dataset
 
 from opacus_pi._shown import Shown
@@ -32,6 +34,7 @@ from opacus_pi.unlearning.deletion_log import DeletionLog
 from opacus_pi.unlearning.entry_checks import payload_text, plain_name
 from opacus_pi.unlearning.erased_data import (
     REMAINING,
+    TRAINING_SET,
     remaining_in,
     what_remains,
     without_erased,
@@ -42,6 +45,7 @@ from opacus_pi.unlearning.honoured_requests import (
     requested_indices,
 )
 from opacus_pi.unlearning.honouring_weights import (
+    StoredWeights,
     load_weights_,
     sha256_of,
     store_weights,
@@ -57,9 +61,11 @@ from opacus_pi.unlearning.request_entries import (
     request_in,
     requests_of,
     require_num_examples,
+    training_set_in,
 )
 from opacus_pi.unlearning.requested_rows import requested_rows
 from opacus_pi.unlearning.rewind import require_states
+from opacus_pi.unlearning.stored_run import StoredRun
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
 from opacus_pi.unlearning.user_names import UserNames
 from opacus_pi.unlearning.watching import Evaluate
@@ -90,8 +96,9 @@ class DeletionRequests(Shown):
         key: Key of the hashes of users' names, at least 16 bytes; None: the key file.
         store_names: Whether to store users' names themselves, for all who can read the
             log.
-        data_set: ``fingerprint`` of the training set, which requests then name; None:
-            only runs name it. Positions in a data set mean nothing in another one.
+        data_set: ``fingerprint`` of the training set, which is then logged before the
+            first request; None: only with runs. Positions in a data set mean nothing in
+            another one.
 
     Raises:
         ValueError: If the file is not a deletion log, is damaged, or names another data
@@ -115,7 +122,7 @@ class DeletionRequests(Shown):
         self.weights_path = weights_path_of(self.log.path)
         self.num_examples = num_examples
         self.rows_of = rows_of or {}
-        self.data_set = data_set
+        self.data_set, self._is_named = data_set, False
         self._names = UserNames(self.log.path, key, store_names)
         if data_set is not None:
             self._requests()  # refuses the log of another data set
@@ -171,9 +178,8 @@ class DeletionRequests(Shown):
         found = requested_rows(indices, user, self.rows_of, self.num_examples)
         rows = tuple(found.tolist())
         self._require_size()
+        self._name_data_set()
         payload: dict[str, Any] = {"indices": rows, "num_examples": self.num_examples}
-        if self.data_set is not None:
-            payload["data_set"] = self.data_set
         if user is not None:
             payload |= self._names.facts(plain_name("user", user))
         entry = self.log.append("request", payload, name=name)
@@ -192,6 +198,18 @@ class DeletionRequests(Shown):
         """
         for entry in itertools.islice(self.log.entries(), _NUM_FIRST):
             require_num_examples(entry, self.num_examples)
+
+    def _name_data_set(self) -> None:
+        """Log the fingerprint of the training set, unless an entry has it.
+
+        In an entry of its own, because requests may be shown to others.
+        """
+        if self.data_set is None or self._is_named:
+            return
+        if training_set_in(self.log.entries())[1] is None:
+            facts = {"data_set": self.data_set, "num_examples": self.num_examples}
+            self.log.append(TRAINING_SET, facts)
+        self._is_named = True
 
     @property
     def pending(self) -> list[DeletionRequest]:
@@ -338,13 +356,9 @@ class DeletionRequests(Shown):
         carry_out = unlearner.unlearn if checkpoints is None else unlearner.rewind
         with locked(self.log.path):
             found = self._requests(fingerprint(train_set))
-            honoured = self._resume(unlearner, found)
-            finished = [number for number in found.pending if number in honoured]
-            if finished:  # the process was killed before it could log "done"
-                facts = {"found": "in the stored weights"}
-                self._log_done(finished, facts, _left(train_set, unlearner))
+            honoured, stored = self._resume(unlearner, found)
+            results = self._finish(found, honoured, stored, unlearner, train_set)
             pending = {n: r for n, r in found.pending.items() if n not in honoured}
-            results = []
             for group in _groups(pending, together):
                 rows = np.unique([i for one in group.values() for i in one.indices])
                 if checkpoints is None and self._has_forgotten(rows):
@@ -357,8 +371,11 @@ class DeletionRequests(Shown):
                 result = carry_out(train_set, rows, **options)
                 honoured |= set(group)
                 hashes = [found.hashes[number] for number in honoured]
+                run = StoredRun.of(result, [found.hashes[n] for n in group])
                 facts, left = run_facts(result), _left(train_set, unlearner)
-                self._complete(group, facts, left, unlearner, hashes)
+                payload_text(facts)  # what the log would refuse is found before
+                store_weights(self.weights_path, unlearner, hashes, run)
+                self._log_done([*group], facts, left)
                 names = [request.request_id for request in group.values()]
                 record = {**result.record, "requests": names}
                 results.append(replace(result, record=record))
@@ -393,30 +410,83 @@ class DeletionRequests(Shown):
         stored = stored_weights(self.weights_path, self.num_examples)
         return bool(np.isin(rows, stored.forgotten).all())
 
-    def _complete(
+    def _finish(
         self,
-        group: Mapping[int, DeletionRequest],
-        facts: dict[str, Any],
-        remains: dict[str, Any],
+        found: Requests,
+        honoured: set[int],
+        stored: StoredWeights,
         unlearner: Unlearner,
-        honoured: list[str],
-    ) -> None:
-        """Store the weights of a run, then log that its requests were carried out.
+        train_set: Any,
+    ) -> list[UnlearningResult]:
+        """Log the run after whose weights were stored the process was killed, if any.
 
-        The order matters. If the process is killed between the two steps, the weights
-        already list the requests, and the next ``process`` only adds the missing log
-        entry. In the other order the log would promise weights that do not exist.
+        The order matters: weights, then log. The weights list the requests of their
+        run and what it returned, so that the log gets the entry that is missing. In
+        the other order it would promise weights that do not exist.
 
         Args:
-            group: The requests of the run, by the number of their entry.
-            facts: What the log stores about the run.
-            remains: What it stores about the examples that remain.
-            unlearner: Its weights are stored.
-            honoured: Hashes of the entries of all requests that the weights honour.
+            found: The requests of the log.
+            honoured: Those that the stored weights honour.
+            stored: The content of their file.
+            unlearner: Has taken the weights.
+            train_set: The training set.
+
+        Returns:
+            The result of that run; nothing if every run was logged, or an earlier
+            release stored the weights.
         """
-        payload_text(facts)  # what the log would refuse is found before weights change
-        store_weights(self.weights_path, unlearner, honoured)
-        self._log_done([*group], facts, remains)
+        finished = [number for number in found.pending if number in honoured]
+        if not finished:
+            return []
+        result, run = None, stored.run
+        if run is not None and run.requests == {found.hashes[n] for n in finished}:
+            result = _result_of(run, found, stored, unlearner.model)
+        facts = {"found": "in the stored weights"}
+        facts = facts if result is None else run_facts(result)
+        self._log_done(finished, facts, _left(train_set, unlearner))
+        return [] if result is None else [result]
+
+    def last_result(
+        self, model: nn.Module, request_ids: Iterable[str | int] = ()
+    ) -> UnlearningResult | None:
+        """Return what the last run returned, if it was lost or is wanted for a request.
+
+        The weights beside the log honour every request that was carried out, and the
+        guarantee of the last run covers all of them. So this is also the result to show
+        for a request of an earlier run, or one that needed no run.
+
+        Args:
+            model: The trained model, or one with the stored weights; it is copied.
+            request_ids: More requests that were carried out, which the record then
+                names beside those of the run. Names of redacted requests are not known.
+
+        Returns:
+            The result, as ``process`` returned it; None if nothing was carried out yet,
+            or an earlier release did it.
+
+        Raises:
+            ValueError: As ``resume``, or if a request was not carried out.
+            RuntimeError: If another process is carrying out requests.
+        """
+        with locked(self.log.path):
+            found = self._requests()
+            stored = stored_weights(self.weights_path, self.num_examples)
+            honoured_by(stored, found, self.weights_path)  # refuses those of another
+        names = {plain_name("request_ids", name) for name in request_ids}
+        done = [one for n, one in found.submitted.items() if n in found.done]
+        others = sorted(names - {one.request_id for one in done if one is not None})
+        expect(
+            not others,
+            "request_ids",
+            others[:5],
+            "must name requests that were carried out",
+            "Call process first.",
+        )
+        if stored.run is None:
+            return None
+        result = _result_of(stored.run, found, stored, model, names)
+        load_weights_(result.model, stored, self.weights_path)
+        return result
 
     def _log_done(
         self, numbers: list[int], facts: dict[str, Any], remains: dict[str, Any]
@@ -424,11 +494,13 @@ class DeletionRequests(Shown):
         """Log that requests were carried out, and by which weights.
 
         What remains is logged first: if the process is killed between the two entries,
-        the requests are still pending, and both entries are made again.
+        the requests are still pending, and the second entry is made then.
         """
         digest = sha256_of(self.weights_path)
         payload = {"requests": numbers, "weights_sha256": digest, **facts}
-        self.log.append(REMAINING, remains)
+        last = self.log.last
+        if last is None or (last.kind, last.payload) != (REMAINING, remains):
+            self.log.append(REMAINING, remains)
         self.log.append("done", payload)
 
     def _requests(self, data_set: str | None = None) -> Requests:
@@ -441,8 +513,10 @@ class DeletionRequests(Shown):
         entries = self.log.entries()
         return requests_of(entries, self.num_examples, data_set or self.data_set)
 
-    def _resume(self, unlearner: Unlearner, found: Requests) -> set[int]:
-        """Load the stored weights, if any, and return the requests they honour.
+    def _resume(
+        self, unlearner: Unlearner, found: Requests
+    ) -> tuple[set[int], StoredWeights]:
+        """Load the stored weights, if any; return the requests they honour, and them.
 
         The unlearner's list of forgotten examples and its history are extended too, so
         that its next guarantee covers the earlier runs.
@@ -458,7 +532,7 @@ class DeletionRequests(Shown):
                 unlearner.forgotten_exactly, exactly
             )
             unlearner.history = unlearner.history.joined(stored.history)
-        return honoured
+        return honoured, stored
 
 
 def _require_one_evaluation(
@@ -474,6 +548,37 @@ def _require_one_evaluation(
         evaluation_of is None or "evaluate" not in options,
         "evaluate and evaluation_of were both given.",
         "Pass evaluation_of, which is told what each run forgets, or evaluate.",
+    )
+
+
+def _result_of(
+    run: StoredRun,
+    found: Requests,
+    stored: StoredWeights,
+    model: nn.Module,
+    more: Collection[str] = (),
+) -> UnlearningResult:
+    """Return the result of a stored run again.
+
+    Args:
+        run: The run.
+        found: The requests of the log, which name the examples.
+        stored: The content of the weights file.
+        model: Is copied, with its weights.
+        more: Names of requests that the result is about besides those of the run.
+    """
+    own = {number for number, h in found.hashes.items() if h in run.requests}
+    requests = [
+        request
+        for number, request in found.submitted.items()
+        if request is not None and (number in own or request.request_id in more)
+    ]
+    return run.result(
+        copy.deepcopy(model).eval(),
+        (row for request in requests for row in request.indices),
+        [request.request_id for request in requests],
+        forgotten=stored.forgotten,
+        exactly=stored.forgotten_exactly,
     )
 
 

@@ -231,14 +231,28 @@ class RecordedTraining:
         )
         return cls(model, ledger, states, record, engine_facts, has_weights)
 
-    def require_architecture(self) -> None:
-        """Refuse a model that no saved state fits, before a rewind of it is planned.
+    def require_architecture(self, plan: RewindPlan) -> None:
+        """Refuse a model that the state of a plan does not fit, before it is run.
+
+        Args:
+            plan: Made by ``plan``.
 
         Raises:
-            ValueError: If its tensors are not those of the training.
+            ValueError: If its tensors or modules are not those of the training.
         """
-        if self.states.steps:
-            require_architecture(self.model, self.states.load(self.states.steps[0]))
+        steps = self.states.steps
+        if steps:
+            step = plan.start if plan.start in steps else steps[-1]
+            require_architecture(self.model, self.states.load(step))
+
+    def has_other_weights(self, left: str) -> bool:
+        """Return whether no recorded run left the weights of the model.
+
+        Args:
+            left: Name of the weights that the last run of unlearning left; empty: none.
+        """
+        known = self.record.weights
+        return bool(known) and weights_name(self.model) not in (known, left)
 
     def start(self, gone: NDArray[np.int64], policy: DeletionPolicy | None) -> int:
         """Return after which update these examples must be left out.

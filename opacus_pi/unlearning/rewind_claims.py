@@ -36,6 +36,11 @@ _CHECKED_LOSS = (
 )
 _DECLARED = (
     (
+        "the code inside the modules of the model is that of the training",
+        "names, types and settings of the modules were compared, if the saved states "
+        "list them; what their methods compute was not",
+    ),
+    (
         "each update of the training used the gradient of this criterion on its batch, "
         "and nothing else",
         "{loss}; learning rates are those recorded",

@@ -96,6 +96,12 @@ _STAYS = (
     "Every example of forget_indices was forgotten before, by a rewind that left the "
     "weights of this model. These weights are kept: nothing is trained again."
 )
+_NOT_USED = (
+    "The weights of this model are not those that the recorded training left, nor "
+    "those of an earlier run of unlearning. They are not used: the rewind starts from "
+    "a saved state of the recorded training. If you meant another model, pass the "
+    "ledger and the checkpoints of its training."
+)
 _REWOUND_AGAIN = (
     "Every example of forget_indices was forgotten before. But this model is not known "
     "to be what such a rewind leaves for all examples that were forgotten so far: it "
@@ -465,10 +471,11 @@ class Unlearner:
         size = training.record.num_examples
         forget = distinct_indices("forget_indices", forget_indices, size)
         require_rest(size - len(np.union1d(self.forgotten, forget)), size)
-        training.require_architecture()
-        return training.plan(
+        plan = training.plan(
             forget, self.forgotten, deletion_policy, self.forgotten_exactly
         )
+        training.require_architecture(plan)
+        return plan
 
     def rewind(
         self,
@@ -525,6 +532,8 @@ class Unlearner:
         )
         stays = self._is_rewound(forget, deletion_policy)
         rerun = None
+        if not plan.is_free and training.has_other_weights(self.history.left):
+            warnings.warn(_NOT_USED, stacklevel=2)
         if not stays:
             rerun = training.rest(
                 plan,

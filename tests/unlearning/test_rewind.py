@@ -1,7 +1,9 @@
 """Rewinds by ``Unlearner``: where to, what for, and what is refused."""
 
+import contextlib
 import dataclasses
 import math
+import re
 import shutil
 import warnings
 from collections import defaultdict
@@ -93,6 +95,61 @@ def test_the_result_does_not_depend_on_what_the_example_was(private):
         results.append(weights(result.model))
     assert torch.equal(*results)
     assert not torch.equal(results[0], weights(private.net))
+
+
+@pytest.mark.parametrize(
+    ("place", "layer", "said"),
+    [
+        (1, torch.nn.GELU(), r"1: GELU(approximate=none), in the training Tanh()"),
+        (2, torch.nn.Dropout(0.1), "2: Dropout(p=0.1), in the training Dropout(p=0.5)"),
+        (2, torch.nn.Sequential(), "2: Sequential(), in the training Dropout(p=0.5)"),
+    ],
+)
+def test_a_model_with_the_same_tensors_and_other_modules_is_refused(
+    place, layer, said, tmp_path
+):
+    saved = Saved(tmp_path / "s", POLICY, dropout=True)
+    other, example = net(dropout=True), saved.late(2)[0]
+    other.load_state_dict(saved.net.state_dict())
+    worker = Unlearner(other, criterion=CRITERION, ledger=saved.engine.ledger)
+    exact = {"checkpoints": saved.states}
+    assert worker.rewind(saved.data, [example], **exact).guarantee.epsilon(1e-5) == 0
+    other[place] = layer
+    worker = Unlearner(other, criterion=CRITERION, ledger=saved.engine.ledger)
+    for run in (worker.plan_rewind, lambda *a, **b: worker.rewind(saved.data, *a, **b)):
+        with pytest.raises(ValueError, match=f"modules are not.*{re.escape(said)}"):
+            run([example], **exact)
+
+
+def test_states_that_do_not_list_the_modules_stay_readable(private, monkeypatch):
+    load = Checkpoints.load
+
+    def older(states, step):
+        return {k: v for k, v in load(states, step).items() if k != "modules"}
+
+    monkeypatch.setattr(Checkpoints, "load", older)
+    example, _ = private.late(4)
+    result = private.unlearner().rewind(
+        private.data, [example], checkpoints=private.states
+    )
+    declared = [a.statement for a in result.guarantee.declarations]
+    assert (
+        "the code inside the modules of the model is that of the training" in declared
+    )
+
+
+def test_weights_that_a_rewind_does_not_use_are_said(private):
+    example, _ = private.late(4)
+    other = net()
+    worker = Unlearner(other, criterion=CRITERION, ledger=private.engine.ledger)
+    with pytest.warns(UserWarning, match="They are not used: the rewind starts from"):
+        worker.rewind(private.data, [example], checkpoints=private.states)
+    with warnings.catch_warnings():  # the trained model, then what the rewind left
+        warnings.filterwarnings("error", "The weights of this model")
+        worker = private.unlearner()
+        for one in (example, (example + 1) % SIZE):
+            with contextlib.suppress(ValueError):  # no state before its first use
+                worker.rewind(private.data, [one], checkpoints=private.states)
 
 
 def test_two_rewinds_draw_different_noise(private):
