@@ -68,9 +68,9 @@ from opacus_pi.unlearning.watching import Evaluate
 
 _NO_RESULT = (
     "Nothing is left to do, and nothing was written: an earlier release made the last "
-    "run, and did not store its result. The weights beside the log honour every request, "
-    "but never give that file to others: it lists the forgotten examples. The next run "
-    "stores its result."
+    "run, and did not store its result. The weights beside the log honour every "
+    "request, but never give that file to others: it lists the forgotten examples. The "
+    "next run stores its result."
 )
 
 

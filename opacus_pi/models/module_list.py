@@ -4,10 +4,10 @@ The names and shapes of weights do not tell a model with ReLU from one with GELU
 rate of dropout from another. A list of the modules does. It is stored with the saved
 states of a training, so that a rewind does not train another model.
 
-*Guarantee.* Two models with equal lists have the same modules, as far as their classes
-and their ``extra_repr`` say. Wrappers of Opacus and torch, devices and ``inplace``, which
-change no number, do not count. *What breaks it:* code inside a module, such as that of
-``forward``, of which the list says nothing.
+*Guarantee.* Two models with equal lists have the same modules, as far as the names of
+their classes and their ``extra_repr`` say. Wrappers of Opacus and torch, devices and
+``inplace``, which change no number, do not count. *What breaks it:* code inside a
+module, such as that of ``forward``, of which the list says nothing.
 
 >>> one, other = (
 ...     nn.Sequential(nn.Linear(2, 1), nn.ReLU()),

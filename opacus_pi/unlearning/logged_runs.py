@@ -1,6 +1,6 @@
 """What a deletion log stores about a run: its settings, and a bound only.
 
-In a log only the requests name examples. What would tell which, and what only the owner may know stays in the
+In a log only the requests name examples. What only the owner may know stays in the
 record of the run, because a log is shown to others.
 """
 

@@ -2,17 +2,27 @@
 
 import hashlib
 import json
+import re
 import stat
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
+from opacus_pi import Unlearner
+from opacus_pi.accounting import fingerprint
 from opacus_pi.cli import main
+from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
+from opacus_pi.files.weights_file import read_weights
 from opacus_pi.unlearning import (
     DeletionLog,
+    DeletionRequests,
+    deletion_statement,
     export_log,
     exported_entries,
     verify_export,
 )
+from opacus_pi.unlearning.honouring_weights import weights_path_of
 
 
 @pytest.fixture
@@ -128,6 +138,9 @@ def test_what_is_not_there_cannot_be_disclosed(log, tmp_path, number):
     ("kind", "payload", "is_shown"),
     [
         ("remaining", {"fingerprint": "some:3"}, False),
+        ("training set", {"data_set": "A:3"}, False),
+        ("request", {"indices": [3], "data_set": "A:3"}, False),
+        ("done", {"requests": [0], "run": {"data_set": "A:3"}}, False),
         ("done", {"requests": [0], "run": {"seed": 7, "num_steps": 1}}, False),
         ("done", {"requests": [0], "remaining": {"fingerprint": "some:3"}}, False),
         ("done", {"requests": [0], "run": {"num_steps": 1}}, True),
@@ -146,6 +159,31 @@ def test_seeds_and_what_remains_are_never_disclosed(tmp_path, kind, payload, is_
     export_log(log, path)
     assert verify_export(path, log.head).num_added == 0
     assert exported_entries(path)[0].payload is None
+
+
+def test_nothing_that_others_see_can_be_used_to_try_examples(tmp_path):
+    """No hash over the training set, whose other examples they may hold."""
+    examples = TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
+    name, log = fingerprint(examples), tmp_path / "d.db"
+    hashes = re.findall("[0-9a-f]{16}", name)
+    assert len(hashes) >= 3
+    requests = DeletionRequests(log, 20, data_set=name)
+    model = torch.nn.Linear(4, 2)
+    unlearner = Unlearner(model, criterion=torch.nn.CrossEntropyLoss())
+    for request, example in (("a", 3), ("b", 5)):
+        requests.submit(request, indices=[example])
+    (result,) = requests.process(unlearner, examples, together=True, num_epochs=1)
+    path, kinds = tmp_path / "export.json", [e.kind for e in requests.log.entries()]
+    assert kinds == ["training set", "request", "request", "remaining", "done"]
+    export_log(requests.log, path, disclose=[1, 4])
+    shown = path.read_text() + deletion_statement(result, 1e-5).to_json()
+    assert not [part for part in hashes if part in shown]
+    with pytest.raises(ValueError, match="belongs to another training set"):
+        DeletionRequests(log, 20, data_set=name.replace(hashes[0], "0" * 16))
+    # The weights may be released: what is stored beside them must not follow from them.
+    file = weights_path_of(log)
+    _, facts = read_weights(file, UNLEARNED_WEIGHTS)
+    assert len(facts["random"]) == 64 and facts["random"] not in shown
 
 
 @pytest.mark.parametrize(
