@@ -17,6 +17,7 @@ LAYER = {
     "_types": 0,
     "_validate": 0,
     "_printable": 0,
+    "_quiet": 0,
     "_errors": 0,
     "_frames": 0,
     "_promised": 0,

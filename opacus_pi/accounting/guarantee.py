@@ -263,7 +263,7 @@ class Guarantee(Shown):
             declared; ``"certified if"``: a finite bound, given ``declarations``;
             ``"estimate"``: a finite number with an assumption that is not met or
             unknown; ``"empirical"``: no finite number, only comparison with retrained
-            models.
+            models. It says nothing of the size of a bound: see ``is_too_large``.
         """
         if not self._has_number:
             return "empirical"
@@ -296,7 +296,9 @@ class Guarantee(Shown):
     def _shown(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"kind": self.kind, "method": self.method}
         if self.kind.startswith("certified"):  # an estimate would be sensitive
-            facts["epsilon"] = f"≤ {rounded_up(self.epsilon(1e-5))} at δ = 1e-05"
+            weak = ", too large to be of practical use" * self.is_too_large(1e-5)
+            bound = rounded_up(self.epsilon(1e-5))
+            facts["epsilon"] = f"≤ {bound} at δ = 1e-05{weak}"
         return {
             **facts,
             "assumptions": len(self.assumptions),

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opacus_pi._printable import in_one_line
 from opacus_pi._types import ArrayLike
@@ -288,17 +289,23 @@ def privacy_statement(
         epsilon,
         worst,
         training_assumptions(runs),
-        "" if epsilon is None else _estimated_from(runs),
+        "" if epsilon is None else _estimated_from(runs, columns),
         limit,
         runs[0].num_examples,
         composed,
     )
 
 
-def _estimated_from(runs: Sequence[GradNormLedger]) -> str:
-    """Say what stands for all runs and updates in the estimate."""
-    plural = "s" if len(runs) > 1 else ""
+def _estimated_from(runs: Sequence[GradNormLedger], columns: NDArray[np.int64]) -> str:
+    """Say what stands for all runs and updates in the estimate.
+
+    Args:
+        runs: The ledgers.
+        columns: The column of the example.
+    """
+    number, rows = len(runs), runs[0].num_rows
+    known = any(np.isfinite(run.grad_norms[:, columns]).any() for run in runs)
     return (
-        f"from {len(runs)} run{plural}, with norms recorded at {runs[0].num_rows} "
-        "updates"
-    )
+        f"from {number} run{'s' * (number > 1)}, with norms recorded at {rows} "
+        f"update{'s' * (rows > 1)}"
+    ) + ("" if known else "; no update drew this example, so norms of others stand in")

@@ -29,6 +29,10 @@ FORGET = replace(
     ),
     is_choice=True,
 )
+PENDING = replace(
+    switch("--pending", "in place of --forget: what is pending in --log"),
+    is_choice=True,
+)
 FORGET_PERSON = replace(
     option(
         "--forget-person",

@@ -128,6 +128,10 @@ def _load_ledger(path: Path) -> GradNormLedger:
     return ledger_in_checkpoint(path) if is_archive else GradNormLedger.load(path)
 
 
+# Of numbers that are no positions: below 0, with a fraction, or a range.
+_NUMBERS = re.compile(r"(?=.*\d)[\d\s,;:.+-]*[;:.+-][\d\s,;:.+-]*")
+
+
 def read_indices(
     text: str, flag: str = "--forget", *, or_persons: bool = False
 ) -> NDArray[np.int64]:
@@ -156,6 +160,11 @@ def read_indices(
     remedy += ". Ids are positions in the training set, from 0."
     if not text.strip():
         raise BadInput(f"{flag}: nothing is listed. {remedy}")
+    if _NUMBERS.fullmatch(text) and not os.path.exists(text):
+        raise BadInput(
+            f"{flag}: {text} is not a list of positions: whole numbers, at least 0, "
+            f"each of them written out (3,4,5 for a range). {remedy}"
+        )
     with about(flag, remedy):
         listed = re.fullmatch(r"[\d\s,]+", text) is not None
         if not listed:

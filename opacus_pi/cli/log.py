@@ -146,13 +146,9 @@ def _submitted_text(
     if facts["also_of"]:
         lines.append(shared_text(facts["also_of"]))
     if any(row["state"] == "pending" for row in facts["submitted"]):
-        named = "--forget-person and --owners" if key else "--forget"
-        named += ", and with --only" * (options.only is not None)
-        if options.request_id is not None:
-            named += f", and with --request-id {options.request_id}"
         lines.append(
-            f"To carry it out, call 'opacus-pi unlearn --log {options.log}' with the "
-            f"same {named}."
+            "To carry out what is pending, call 'opacus-pi unlearn --pending --log "
+            f"{options.log}'."
         )
     if key:
         lines.append(
@@ -414,8 +410,9 @@ def _redact(options: argparse.Namespace) -> None:
     facts = {"redacted": rows[options.request_id].entry, "head": requests.log.head}
     text = (
         f"Removed the name, the person and the examples of entry {facts['redacted']} "
-        f"from {options.log}. Copies and exports of the log, and record.json of the "
-        "runs, are not changed: remove them yourself.\n"
+        f"from {options.log}. Other files are not changed, remove them yourself: "
+        "copies and exports of the log; record.json, guarantee.json, "
+        "guarantee_to_show.json and evaluation.json of the runs; reports.\n"
         f"{_KEEP_HEAD}\n{facts['head']}"
     )
     _answer(options, facts, text)

@@ -70,6 +70,16 @@ OF_PLAN = (
 OF_UNLEARN = (
     *OF_PERSONS,
     NoEffect(
+        ("--pending",),
+        "the requests are those of a deletion log. Add --log LOG.",
+        without="--log",
+    ),
+    NoEffect(
+        ("--request-id",),
+        "--pending enters no request. Leave it out.",
+        beside="--pending",
+    ),
+    NoEffect(
         ("--method", "--set"),
         "a rewind repeats the training, and uses no unlearning method. Leave "
         "it or --checkpoints out.",

@@ -61,6 +61,8 @@ class Parser(argparse.ArgumentParser):
     Argparse by itself prints the whole usage before the error, and has no suggestions.
     """
 
+    _unknown = ""  # what may have been meant by a flag that is not known
+
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with the code of bad input.
 
@@ -73,8 +75,27 @@ class Parser(argparse.ArgumentParser):
         line = one_line(message)
         if choice := _CHOICE.search(line):
             line += _suggestion(choice[1], re.findall(r"[\w-]+", choice[2]))
+        elif "required" in line:
+            line += self._unknown
         see = f"See '{self.prog} --help'."
         self.exit(BAD_INPUT, f"{self.prog}: {line}. {see}\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse words, as argparse does; note a misspelt flag before it does.
+
+        If an argument is missing because its flag was misspelt, argparse only says that
+        it is required.
+
+        Args:
+            args: The words.
+            namespace: As for argparse.
+        """
+        known = [flag for action in self._actions for flag in action.option_strings]
+        flags = [str(word).partition("=")[0] for word in args or ()]
+        odd = [w for w in flags if w.startswith("--") and w not in (*known, "--")]
+        hints = [f"; unrecognized: {word}{_suggestion(word, known)}" for word in odd]
+        self._unknown = next((hint for hint in hints if "mean" in hint), "")
+        return super().parse_known_args(args, namespace)
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Report words that are left over, and what may have been meant.

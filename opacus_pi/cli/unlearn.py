@@ -62,6 +62,8 @@ from opacus_pi.models.predictions import predict
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning import Unlearner, UnlearningResult
 from opacus_pi.unlearning.deletion_log import verify
+from opacus_pi.unlearning.listed_requests import list_requests
+from opacus_pi.unlearning.plan import LATER
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
 from opacus_pi.unlearning.saved_result import WEIGHTS, save_result
 from opacus_pi.unlearning.watching import Evaluate
@@ -96,8 +98,8 @@ def run(options: argparse.Namespace) -> int:
     train_set, gone = import_train_set(options, must_exist=False)
     require_ledgers_of(options, runs or [], fingerprint(train_set))
     test_set = _test_set(options, train_set, gone)
-    forget, owned = read_request(options, lambda: fingerprint(train_set))
-    if options.log:
+    forget, owned = _request(options, train_set)
+    if options.log and len(forget):
         require_loggable([*owned], options.request_id)
         distinct_indices("indices", forget, len(train_set))
     criterion = import_criterion(options)
@@ -118,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
     # What cannot be carried out is found before the request is entered.
     if not options.log or not os.path.exists(options.log):
         require_recorded_weights(options, unlearner, forget, going_back)
-    elif going_back:
+    elif going_back and len(forget):
         unlearner.plan_rewind(forget, **going_back)
 
     settings = _settings(options, going_back, collate)
@@ -154,6 +156,27 @@ def _settings(
     """
     own = {"num_epochs": options.num_epochs, "batch_size": options.batch_size}
     return {**(going_back or own), "collate_fn": collate_fn}
+
+
+def _request(
+    options: argparse.Namespace, train_set: Any
+) -> tuple[NDArray[np.int64], Owned]:
+    """Return the examples to forget, and those of each person that is named.
+
+    Args:
+        options: The parsed arguments.
+        train_set: The training set.
+
+    Raises:
+        BadInput: If they cannot be read, or ``--pending`` is given without a log.
+    """
+    if not options.pending:
+        return read_request(options, lambda: fingerprint(train_set))
+    options.also_of = {}
+    with about("--log", "Name a log with requests: --pending enters none."):
+        rows = list_requests(options.log)
+    pending = [np.array(r.indices) for r in rows if r.state == "pending"]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *pending])), {}
 
 
 def _evaluation_of(
@@ -254,8 +277,11 @@ def _carry_out(
     if has_earlier:  # else the weights were compared before the log was made
         pending = [np.array(request.indices) for request in requests.pending]
         first = np.unique(np.concatenate([*pending, forget]))
-        require_recorded_weights(options, unlearner, first, going_back)
-    names = submit(requests, forget, owned, options.request_id)
+        if len(first):
+            require_recorded_weights(options, unlearner, first, going_back)
+    names = [request.request_id for request in requests.pending]
+    if not options.pending:
+        names = submit(requests, forget, owned, options.request_id)
     asked = {request.request_id for request in requests.pending}
     before = requested_indices(options.log, len(train_set)).tolist()
     with said_if_pending(options, requests, names):
@@ -458,6 +484,8 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
     if facts["also_of"]:
         parts.append(shared_text(facts["also_of"]))
     if "head" in facts and facts["carried_out"]:
+        if result.guarantee.kind.startswith("certified") and facts["num_steps"]:
+            parts += [LATER] * (not result.record["method"].endswith("rewind"))
         parts += _of_log(facts)
     return "\n\n".join(parts)
 
@@ -510,6 +538,8 @@ def _of_log(facts: dict[str, Any]) -> list[str]:
 
 def _done_before(facts: dict[str, Any]) -> list[str]:
     """Return a sentence for each request of this command that needed no run."""
+    if not facts["request_ids"]:
+        return ["No request is pending."]
     return [
         *(f"Request {name} was carried out before." for name in facts["done_before"]),
         *(

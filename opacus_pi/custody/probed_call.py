@@ -13,7 +13,6 @@ of NumPy's that is a global variable.
 """
 
 import random
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from opacus_pi._quiet import quiet
 from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi.custody.layer_rows import LayerRows, watch_rows
 from opacus_pi.models.accelerators import device_random_states, kinds_in_use
@@ -412,8 +412,7 @@ def no_trace() -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         for device in kinds_in_use():
             stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+        stack.enter_context(quiet())
         yield
 
 

@@ -6,11 +6,11 @@ for each model, and names the parameter and the operation or layer that uses it.
 :func:`rule_coverage` tells the same beforehand, for one batch.
 """
 
-import warnings
 from typing import Any
 
 from torch import nn
 
+from opacus_pi._quiet import quiet
 from opacus_pi.gradients.norm_engine import NormEngine
 from opacus_pi.models.no_trace import isolated
 from opacus_pi.models.own_losses import Criterion
@@ -58,8 +58,7 @@ def rule_coverage(
         >>> found["inner.weight"], found["rates"]
         ('exact rule', 'torch.func: used by torch.functional.tensordot')
     """
-    with isolated(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say is returned
+    with isolated(), quiet():  # what warnings say is returned
         engine = NormEngine(model, criterion)
         engine.squares(x, y)
     return engine.ways

@@ -25,13 +25,13 @@ plain autograd then remains (:class:`~opacus_pi.gradients.norm_engine.NormEngine
 True
 """
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opacus_pi._quiet import quiet
 from opacus_pi._torch_compat import pytree
 from opacus_pi.gradients.fallback import MODEL_ERRORS, raise_if_out_of_memory
 from opacus_pi.gradients.parameters_outside_layers import ParametersOutsideLayers
@@ -63,12 +63,10 @@ def parameters_not_indexed_by_example(
     try:
         with (
             random_state_untouched(),
-            warnings.catch_warnings(),
+            quiet(),  # the user has not made this pass, and could not act on warnings
             torch.no_grad(),
             ParametersOutsideLayers(observer, model),
         ):
-            # The user has not made this pass, and could not act on its warnings.
-            warnings.simplefilter("ignore")
             model(*args, **kwargs)
     except MODEL_ERRORS as error:  # the model is made for one number of examples
         raise_if_out_of_memory(error)

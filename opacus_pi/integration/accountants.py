@@ -24,7 +24,6 @@ array([[5. , nan, 0.5, nan]], dtype=float32)
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +36,7 @@ from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 
 from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
+from opacus_pi._quiet import quiet
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.accounting.guarantee import EpsilonDelta
 from opacus_pi.files.checksummed_state import verified_state, with_checksum
@@ -99,8 +99,7 @@ class AccountantBound:
         """
         name = self.accountant.mechanism()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of orders; any of them gives a bound
+            with quiet():  # about orders; any of them gives a bound
                 epsilon = float(self.accountant.get_epsilon(delta))
         except (RuntimeError, ValueError):  # PRV: the grid is too coarse for this δ
             return None

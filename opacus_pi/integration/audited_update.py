@@ -4,7 +4,6 @@ Everything works on copies of the model and the criterion, so a training run can
 audited while it goes on.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
@@ -14,6 +13,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from opacus_pi._quiet import quiet
 from opacus_pi.custody.function_copies import copied_if_possible
 from opacus_pi.custody.probed_call import NoDropout
 from opacus_pi.gradients import per_example_grad_norms
@@ -354,6 +354,5 @@ def measuring(*, drops: bool = False) -> Iterator[None]:
         drops: Whether torch's dropout functions drop anything.
     """
     calm = nullcontext() if drops else NoDropout()
-    with isolated(), OwnGenerators(), calm, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with isolated(), OwnGenerators(), calm, quiet():
         yield

@@ -137,3 +137,7 @@ class RecorderOptions:
     def _starts_with_a_row(self) -> bool:
         """Return whether a row is due before the first update."""
         return isinstance(self.every, tuple) and self.every[0] == 0
+
+
+# Python's error about a misspelt option then names the class that the user wrote.
+RecorderOptions.__init__.__qualname__ = "Recorder.__init__"

@@ -14,7 +14,6 @@ cannot be quoted by mistake.
 
 import itertools
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._frames import frame
+from opacus_pi._quiet import quiet
 from opacus_pi._shown import Shown
 from opacus_pi._validate import positive
 from opacus_pi.accounting import (
@@ -224,9 +224,7 @@ class Scores(Shown):
         if len(self.losses) < 2:
             return []
         size = max(1, len(self.losses) // _STRATUM_DIVISOR)
-        with warnings.catch_warnings():
-            # The warning is about ties, and ties change no number of the table.
-            warnings.simplefilter("ignore")
+        with quiet():  # about ties, which change no number of the table
             sets = difficulty_strata(self.losses, size)
         return [self._stratum(name, places) for name, places in sets.items()]
 

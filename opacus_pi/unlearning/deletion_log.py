@@ -96,7 +96,7 @@ _FAULTS_OF_THE_PLACE = {
     "is locked": (errno.ETIMEDOUT, "Call again when the other process has finished"),
 }
 _RESTORE = "Restore the file from a copy."
-_SOMETHING_ELSE = "Name a deletion log, or a file that does not exist yet."
+_SOMETHING_ELSE = "Name a deletion log; a new one needs a name that is free."
 
 
 @dataclass(frozen=True)
@@ -410,8 +410,16 @@ def require_head(head: str, num_entries: int, last: str, *, known: bool) -> None
         known: Whether an entry has the noted hash.
 
     Raises:
-        ValueError: If none has.
+        ValueError: If none has, or the hash is that of a log without entries.
     """
+    expect(
+        head != START or not num_entries,
+        "head",
+        head,
+        "must be the hash of an entry",
+        "This is the head of an empty log, with which every log agrees. Note the head "
+        "again, now that there are entries.",
+    )
     expect(
         known,
         "head",

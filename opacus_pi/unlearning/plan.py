@@ -31,6 +31,11 @@ from opacus_pi.unlearning.rewind_plan import RewindPlan
 PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
 
 _UNKNOWN = Guarantee("an unlearning method that was not named", ())
+LATER = (
+    "Unlearning steps train on all examples that stay, so a request that arrives after "
+    "this run gets no bound (empirical), unless a rewind carries it out: collect "
+    "requests and carry them out together."
+)
 _INSTEAD = "\nAn exact rewind has ε = 0{how}"
 _HOW = ", if the training saved states (Recorder(checkpoints=...))."
 
@@ -167,7 +172,7 @@ class Plan(Shown):
             f"Mean privacy loss {self.mean_loss:.4g} at order {self.order:g}, "
             f"{self._place()}{ranking}.\n{tied}{self._steps()}"
             f"{self._claim(delta)}{self._limits(delta)}"
-            f"{self._large(delta)}"
+            f"{self._large(delta)}{self._later()}"
         )
 
     def _large(self, delta: float) -> str:
@@ -177,6 +182,11 @@ class Plan(Shown):
         gone = len(np.union1d(self.forget, self.forgotten_before))
         sentence = large_delta(delta, self.num_retain + gone)
         return f"\n{sentence}" if sentence else ""
+
+    def _later(self) -> str:
+        """Return what the run means for later requests; empty if it has no bound."""
+        is_bound = self.guarantee.kind.startswith("certified")
+        return f"\n{LATER}" if is_bound and self.guarantee != _UNKNOWN else ""
 
     def _place(self) -> str:
         """Say where the mean loss lies among all; a large tie has no percentile."""

@@ -11,6 +11,7 @@ older one in its place; both are noticed and refused.
 """
 
 import copy
+import inspect
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sized
@@ -246,8 +247,9 @@ class DeletionRequests(Shown):
         that a request was made and carried out, with both times, and still verifies.
         The weights file keeps the positions of all forgotten examples, without saying
         who asked: no later run may train on them. The name is free again. Other files
-        are not changed: ``record.json`` in the directory of a run lists the positions
-        and the names of the run's requests.
+        are not changed: in the directory of a run, ``record.json`` lists the positions
+        and the names of the run's requests, and ``guarantee_to_show.json`` and reports
+        have these names.
 
         Args:
             request_id: The request's name.
@@ -341,6 +343,7 @@ class DeletionRequests(Shown):
                 both ``evaluate`` and ``evaluation_of`` are given. What was carried out
                 before it stays; the request in question stays pending.
             RuntimeError: If another process is carrying out requests.
+            TypeError: If an option has an unknown name.
         """
         _require_one_evaluation(evaluation_of, options)
         expect(
@@ -354,6 +357,8 @@ class DeletionRequests(Shown):
         if checkpoints is not None:
             options |= {"checkpoints": checkpoints, "deletion_policy": deletion_policy}
         carry_out = unlearner.unlearn if checkpoints is None else unlearner.rewind
+        # also if nothing is pending
+        inspect.signature(carry_out).bind(train_set, (), **options)
         with locked(self.log.path):
             found = self._requests(fingerprint(train_set))
             honoured, stored = self._resume(unlearner, found)
@@ -442,7 +447,9 @@ class DeletionRequests(Shown):
         if run is not None and run.requests == {found.hashes[n] for n in finished}:
             result = _result_of(run, found, stored, unlearner.model)
         facts = {"found": "in the stored weights"}
-        facts = facts if result is None else run_facts(result)
+        if result is not None:
+            facts = run_facts(result)
+            del facts["run"]["requests"]  # the names, which are not logged twice
         self._log_done(finished, facts, _left(train_set, unlearner))
         return [] if result is None else [result]
 

@@ -54,9 +54,10 @@ def test_a_request_is_entered_and_not_carried_out(answer, log, tmp_path):
     assert found["head"] == verify(log).head and not row["entered_before"]
     (request,) = DeletionRequests(log, 120).pending
     assert request.request_id == row["request_id"]
-    (entry,) = DeletionLog(log).entries()
-    assert entry.payload["data_set"] == fingerprint(cli_project.train_set())
-    assert entry.payload["num_examples"] == 120
+    about, entry = DeletionLog(log).entries()
+    name = fingerprint(cli_project.train_set())
+    assert about.payload == {"data_set": name, "num_examples": 120}
+    assert entry.payload == {"indices": [3, 17], "num_examples": 120}
     again = answer("log", "submit", log, "--forget", "3,17")
     assert again["submitted"][0]["entered_before"] and again["head"] == found["head"]
     assert {path.name for path in tmp_path.iterdir()} == {"deletions.db"}
@@ -90,7 +91,7 @@ def test_unlearn_carries_out_the_request_that_was_submitted(run, answer, log, tm
     assert [row.state for row in rows] == ["carried out"] * 2
     code, out, _ = run("log", "submit", log, "--forget", "3")
     assert code == 0 and out.startswith("Entered before in") and "carried out, 2" in out
-    assert "To carry it out" not in out
+    assert "To carry out" not in out
 
 
 def test_a_person_is_stored_as_a_keyed_hash(run, answer, log, owners, tmp_path):
@@ -182,7 +183,7 @@ def kept(answer, log, tmp_path):
 def test_the_list_says_what_is_pending(run, answer, kept):
     found = answer("log", "list", kept)
     first, second = found["requests"]
-    assert first["state"] == "carried out" and first["done_entry"] == 2
+    assert first["state"] == "carried out" and first["done_entry"] == 3
     assert second["state"] == "pending" and second["indices"] == [5, 6]
     assert (found["num_pending"], found["num_carried_out"]) == (1, 1)
     assert found["head"] == verify(kept).head
@@ -190,7 +191,7 @@ def test_the_list_says_what_is_pending(run, answer, kept):
     assert pending["requests"] == [second] and pending["num_carried_out"] == 1
     code, out, err = run("log", "list", kept)
     assert (code, err) == (0, "") and "1 pending, 1 carried out, 0 redacted." in out
-    assert "2026-001" in out and "(entry 2)" in out and found["head"] in out
+    assert "2026-001" in out and "(entry 3)" in out and found["head"] in out
 
 
 def test_the_list_changes_nothing(run, kept, tmp_path):
@@ -252,7 +253,7 @@ def test_examples_that_were_forgotten_before_cost_nothing(run, answer, log, tmp_
     text = run("log", "submit", log, "--forget", "3", "--request-id", "b")[1]
     assert "All of its examples were forgotten before, by earlier requests" in text
     code, text, err = run(*words, "3", "--request-id", "b", "--out", tmp_path / "b")
-    assert (code, err) == (0, "") and not (tmp_path / "b").exists()
+    assert (code, err) == (0, "") and (tmp_path / "b" / "record.json").exists()
     assert "All examples of request b were forgotten before" in text
     assert "Nothing is left to do." in text
     assert log.with_name("deletions.db.safetensors").read_bytes() == weights
@@ -280,16 +281,16 @@ def test_a_log_that_lost_its_last_entries_is_refused(run, kept):
 def test_an_auditor_sees_what_is_disclosed(run, answer, kept, tmp_path):
     path = tmp_path / "for_auditor.json"
     found = answer("log", "export", kept, "--out", path)
-    assert found["num_entries"] == 4 and found["disclosed"] == []
+    assert found["num_entries"] == 5 and found["disclosed"] == []
     assert all(entry.payload is None for entry in exported_entries(path))
     assert b"2026-001" not in path.read_bytes()
     again = answer("log", "export", kept, "--out", path)  # a newer one replaces it
     assert again["head"] == found["head"]
     one = tmp_path / "one.json"
     found = answer("log", "export", kept, "--disclose", "2026-001", "--out", one)
-    assert found["disclosed"] == [0, 2] and found["for_owner_only"] == []
+    assert found["disclosed"] == [1, 3] and found["for_owner_only"] == []
     shown = [entry.payload is not None for entry in exported_entries(one)]
-    assert shown == [True, False, True, False]
+    assert shown == [False, True, False, True, False]
     assert b"seed" not in one.read_bytes() and b"fingerprint" not in one.read_bytes()
     code, out, _ = run("verify", one, found["head"])
     assert code == 0 and found["head"] in out
@@ -335,10 +336,10 @@ def test_a_request_is_redacted_once_it_was_carried_out(run, answer, kept, tmp_pa
     code, _, err = run(*words, "2026-009")
     assert code == 2 and "--request-id must name a request of this log" in err
     found = answer(*words, "2026-001", "--reason", "retention is over")
-    assert found["redacted"] == 0 and found["head"] == verify(kept).head
-    assert b"2026-001" not in kept.read_bytes() and verify(kept).redacted == (0,)
+    assert found["redacted"] == 1 and found["head"] == verify(kept).head
+    assert b"2026-001" not in kept.read_bytes() and verify(kept).redacted == (1,)
     (redaction,) = [e for e in DeletionLog(kept).entries() if e.kind == "redaction"]
-    assert redaction.payload == {"entry": 0, "reason": "retention is over"}
+    assert redaction.payload == {"entry": 1, "reason": "retention is over"}
     rows = answer("log", "list", kept)["requests"]
     assert [row["state"] for row in rows] == ["redacted", "pending"]
     code, out, _ = run("log", "list", kept)
@@ -348,7 +349,7 @@ def test_a_request_is_redacted_once_it_was_carried_out(run, answer, kept, tmp_pa
         redaction.time,
     )
     assert f"redacted, {redaction.time} (entry {redaction.number})" in out
-    assert rows[0]["done_entry"] == 2 and "(entry 2)" not in out
+    assert rows[0]["done_entry"] == 3 and "(entry 3)" not in out
     out = tmp_path / "x.json"
     code, _, err = run("log", "export", kept, "--disclose", "2026-001", "--out", out)
     assert code == 2 and "it was redacted" in err

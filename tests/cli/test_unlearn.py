@@ -110,7 +110,9 @@ def test_requests_are_recorded_and_go_on_from_each_other(run, answer, tmp_path):
     new = safetensors.torch.load_file(tmp_path / "b" / "weights.safetensors")
     assert all(torch.equal(kept[name], new[name]) for name in new)
     again = answer(*UNLEARN, "3", "--log", log, "--out", tmp_path / "c")
-    assert again["carried_out"] is False and not (tmp_path / "c").exists()
+    assert again["carried_out"] is False
+    facts = json.loads((tmp_path / "c" / "record.json").read_text())
+    assert facts["requests"] == [first["request_id"], "x"]
     assert again["head"] == second["head"]
     words = (*UNLEARN, "6", "--log", log, "--request-id", "x", "--out")
     code, _, err = run(*words, tmp_path / "d")
@@ -150,7 +152,9 @@ def test_what_was_pending_is_carried_out_and_said(run, answer, tmp_path):
         *(*UNLEARN, "3", "--log", log, "--request-id", "new"),
         *(*NOISY, "--out", tmp_path / "b"),
     )
-    assert again["carried_out"] is False and not (tmp_path / "b").exists()
+    assert again["carried_out"] is False
+    facts = json.loads((tmp_path / "b" / "record.json").read_text())
+    assert facts["requests"] == ["new", "later"]
     (also,) = again["also_carried_out"]
     assert also["request_ids"] == ["later"] and also["num_forget"] == 1
     assert also["method"].startswith("Langevin") and also["num_steps"] > 0

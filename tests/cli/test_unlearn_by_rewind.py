@@ -226,7 +226,11 @@ def test_other_weights_are_not_kept_and_nothing_is_entered(
         assert str(folder / "states") in err
     assert not [*tmp_path.iterdir()]
     # An exact rewind starts from a saved state, whatever the weights are.
-    found = answer(*head, "--forget", example, *log, "--out", tmp_path / "a")
+    more = ("--forget", example, *log, "--out", tmp_path / "a", "--json")
+    code, out, err = run(*head, *more)
+    assert code == 0 and err.count("\n") == 1
+    assert "The weights of this model are not those that the recorded" in err
+    found = json.loads(out)
     assert found["epsilon"] == 0 and found["num_steps"] == 6
 
 

@@ -27,7 +27,7 @@ from opacus_pi.unlearning.deletion_log import (
     verify,
 )
 from opacus_pi.unlearning.entry_hashes import entry_hash
-from opacus_pi.unlearning.log_export import export_log
+from opacus_pi.unlearning.log_export import export_log, verify_export
 from opacus_pi.unlearning.requests import requested_indices
 
 
@@ -203,14 +203,18 @@ def test_missing_last_entries_need_the_head(path):
 
 
 def test_an_earlier_head_is_found_and_what_came_since_is_counted(path):
-    heads = [START, *(entry.hash for entry in read_entries(path))]
-    assert [verify(path, head).num_added for head in heads] == [4, 3, 2, 1, 0]
+    heads = [entry.hash for entry in read_entries(path)]
+    assert [verify(path, head).num_added for head in heads] == [3, 2, 1, 0]
     assert all(verify(path, head).head == heads[-1] for head in heads)
     assert verify(path).num_added is None
     with pytest.raises(
         ValueError, match="must be the hash of one of the 4 entries, got ffff"
     ):
         verify(path, "f" * 64)
+    export_log(DeletionLog(path), path.with_suffix(".json"))
+    for check, file in ((verify, path), (verify_export, path.with_suffix(".json"))):
+        with pytest.raises(ValueError, match="the head of an empty log, with which ev"):
+            check(file, START)
 
 
 # ------------------------------------------------------------------ redaction

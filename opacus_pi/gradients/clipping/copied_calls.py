@@ -13,11 +13,11 @@ module that cannot be run on one example.
 """
 
 import copy
-import warnings
 
 import torch
 from torch import nn
 
+from opacus_pi._quiet import quiet
 from opacus_pi._torch_compat import forward_hooks
 from opacus_pi.gradients.fallback import MODEL_ERRORS, raise_if_out_of_memory
 from opacus_pi.gradients.taps import Call
@@ -51,10 +51,9 @@ def require_copyable(module: nn.Module, call: Call, size: int) -> None:
             forward_hooks(part).clear()  # hooks of the user may store tensors
         with (
             random_state_untouched(),
-            warnings.catch_warnings(),
+            quiet(),
             torch.enable_grad(),
         ):
-            warnings.simplefilter("ignore")
             outputs = copied(*one[0], **one[1])
     except (*MODEL_ERRORS, copy.Error) as error:
         raise_if_out_of_memory(error)
