@@ -292,27 +292,40 @@ def _carry_out(
             evaluation_of=lambda forgotten: evaluation_of(forgotten, before),
             **settings,
         )
-    is_own = [not set(names).isdisjoint(r.record["requests"]) for r in results]
-    own = next(itertools.compress(results, is_own), None)
-    done = [] if own is None else own.record["requests"]
-    facts = {
-        "carried_out": own is not None,
-        "request_id": names[0] if len(names) == 1 else None,
-        "request_ids": names,
+    own, facts = _outcome(results, names, asked)
+    facts |= {
         "persons": [*owned],
-        "done_before": [n for n in names if n not in done and n not in asked],
-        "forgotten_before": [n for n in names if n not in done and n in asked],
-        "together_with": [name for name in done if name not in names],
         "deletion_log": options.log,
         "log_is_new": not has_earlier,
         "continues_from_log": continues,
         "head": requests.log.head,
         "weights": str(requests.weights_path),
+    }
+    return own or requests.last_result(unlearner.model, names), facts
+
+
+def _outcome(
+    results: list[UnlearningResult], names: list[str], asked: set[str]
+) -> tuple[UnlearningResult | None, dict[str, Any]]:
+    """Return the result of this command's own requests, and what was done for each.
+
+    Args:
+        results: Of the runs that this command made or finished.
+        names: Of this command's requests.
+        asked: Names of the requests that were pending before.
+    """
+    is_own = [not set(names).isdisjoint(r.record["requests"]) for r in results]
+    own = next(itertools.compress(results, is_own), None)
+    done = [] if own is None else own.record["requests"]
+    return own, {
+        "carried_out": own is not None,
+        "request_id": names[0] if len(names) == 1 else None,
+        "request_ids": names,
+        "done_before": [n for n in names if n not in done and n not in asked],
+        "forgotten_before": [n for n in names if n not in done and n in asked],
+        "together_with": [name for name in done if name not in names],
         "also_carried_out": [_pending(r.record) for r in results if r is not own],
     }
-    if own is None:
-        own = requests.last_result(unlearner.model, names)
-    return own, facts
 
 
 def _resume(

@@ -532,8 +532,6 @@ class Unlearner:
         )
         stays = self._is_rewound(forget, deletion_policy)
         rerun = None
-        if not plan.is_free and training.has_other_weights(self.history.left):
-            warnings.warn(_NOT_USED, stacklevel=2)
         if not stays:
             rerun = training.rest(
                 plan,
@@ -620,13 +618,22 @@ class Unlearner:
         checkpoints: Checkpoints | str | os.PathLike[str],
         data_set: str | None = None,
     ) -> RecordedTraining:
-        """Return the recorded training that a rewind repeats a part of."""
-        return RecordedTraining.of(
+        """Return the recorded training that a rewind repeats a part of.
+
+        Args:
+            checkpoints: Its saved states, or their directory.
+            data_set: Fingerprint of the data set of the run; None in a plan, which does
+                not warn of weights that the run would not use.
+        """
+        training = RecordedTraining.of(
             self.model,
             runs_in(self.ledger),
             states_of(checkpoints),
             replace(self._engine_facts, data_set=data_set),
         )
+        if data_set is not None and training.has_other_weights(self.history.left):
+            warnings.warn(_NOT_USED, stacklevel=3)
+        return training
 
     def _claim(
         self,

@@ -333,6 +333,14 @@ def test_a_bound_of_zero_is_exact_at_every_order(curve, pairs, is_exact):
     assert not guarantee_of_run("rewind", [doubtful], **curves).is_exact
 
 
+@pytest.mark.parametrize(("divergence", "is_said"), [(1.0, False), (625.0, True)])
+def test_a_bound_that_is_too_large_is_said_where_the_kind_is(divergence, is_said):
+    holds = observed("it was clipped", "max_grad_norm=1")
+    claim = guarantee_of_run("Langevin", [holds], [30.0], [divergence])
+    assert claim.kind == "certified"
+    assert ("too large to be of practical use" in repr(claim)) == is_said
+
+
 def test_what_is_shown_to_others_has_no_estimate():
     facts = (observed("it was clipped", "max_grad_norm=1"),)
     curves = {"orders": (2.0, 8.0), "divergences": (0.5, 2.0)}

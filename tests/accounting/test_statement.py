@@ -40,6 +40,19 @@ def test_one_row_has_its_estimate_beside_the_worst_case():
     assert (statement.subject, statement.num_rows) == ("example 4", 1)
 
 
+def test_an_example_that_no_update_drew_is_said():
+    run = ledger()
+    assert "recorded at 3 updates)" in str(privacy_statement(run, [4], DELTA))
+    norms = run.grad_norms.copy()
+    norms[:, 4] = np.nan
+    never = GradNormLedger(mechanism(), [20, 40, 60], norms, source="observed")
+    said = "; no update drew this example, so norms of others stand in)"
+    assert said in str(privacy_statement(never, [4], DELTA))
+    assert said not in str(privacy_statement(never, [3], DELTA))
+    once = GradNormLedger(mechanism(), [60], run.grad_norms[:1])
+    assert "recorded at 1 update)" in str(privacy_statement(once, [4], DELTA))
+
+
 def test_several_runs_are_averaged():
     runs = [ledger(seed=s) for s in (0, 1)]
     assert privacy_statement(runs, [4], DELTA).epsilon == epsilons(runs, DELTA)[4]

@@ -64,7 +64,7 @@ def test_the_log_knows_the_person_by_a_keyed_hash(run, answer, owners, tmp_path)
     code, _, err = run(*words, "twin", *name)
     assert code == 2 and "was submitted before, but not for this person" in err
     kinds = [entry.kind for entry in read_entries(log)]
-    assert kinds == ["request", "remaining", "done"]
+    assert kinds == ["training set", "request", "remaining", "done"]
     second = answer(*words, "twin", "--out", tmp_path / "twin")
     assert second["request_id"] != first["request_id"]
     assert second["forgotten_before"] == [second["request_id"]]  # the same examples
@@ -82,7 +82,7 @@ PERSON = ("--forget-person", "p03")
     ("words", "message"),
     [
         ((*PERSON, "--forget", "3"), "not allowed with argument"),
-        ((), "one of the arguments --forget --forget-person is required"),
+        ((), "--forget --forget-person"),
         (PERSON, "--forget-person: no file lists the examples. Add --owners"),
         (("--forget", "3", "--owners", "FILE"), "--owners: no person is named"),
         (

@@ -98,6 +98,15 @@ def test_ids_may_come_from_a_pipe(pipe, text):
     assert read_indices(pipe(text)).tolist() == [3, 17, 25]
 
 
+@pytest.mark.parametrize("text", ["-1", "3-5", "1.5", "3;4", "3,-4", "3:5", "3, 4.0"])
+def test_numbers_that_are_no_positions_are_not_files(text, tmp_path, monkeypatch):
+    with pytest.raises(BadInput, match="is not a list of positions"):
+        read_indices(text)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / text).write_text("3")  # unless there is such a file
+    assert read_indices(text).tolist() == [3]
+
+
 def test_owners_may_come_from_a_pipe(pipe):
     path = pipe('{"p03": [17, 3], "data_set": "A:20"}')
     assert read_owners(path, lambda: "A:20") == {"p03": [17, 3]}

@@ -133,3 +133,27 @@ def test_a_result_that_was_lost_or_never_needed_a_run_is_written_again(
     code, text, err = run(*UNLEARN, *LEDGER, *log, *more)
     assert (code, err) == (0, "") and "d.db.safetensors" not in text
     assert f"Written to {tmp_path / 'text'}: the weights that honour every" in text
+
+
+def test_all_pending_requests_are_carried_out_by_one_flag(run, answer, tmp_path):
+    log = tmp_path / "d.db"
+    data = ("--data", "cli_project:train_set")
+    for name, examples in (("a", "3"), ("b", "17,40")):
+        answer(
+            *("log", "submit", log, *data, "--forget", examples, "--request-id", name)
+        )
+    words = (*UNLEARN, *LEDGER, "--pending", "--log", log, "--out")
+    found = answer(*words, tmp_path / "run")
+    assert found["request_ids"] == ["a", "b"] and found["carried_out"]
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["forget_indices"] == [3, 17, 40] and record["requests"] == ["a", "b"]
+    code, text, err = run(*words, tmp_path / "again")
+    assert (code, err) == (0, "") and text.startswith("No request is pending. Nothing")
+    assert left_names(tmp_path / "again") == left_names(tmp_path / "run")
+    code, _, err = run(*words[:-2], tmp_path / "none.db", "--out", tmp_path / "x")
+    assert code == 2 and "--log: no such file" in err
+    assert not (tmp_path / "none.db").exists() and not (tmp_path / "x").exists()
+
+
+def left_names(folder):
+    return sorted(path.name for path in folder.iterdir())

@@ -94,6 +94,19 @@ def test_every_argument_is_explained(name):
             "opacus-pi plan: unrecognized arguments: 191. Separate ids by commas, as",
         ),
         (
+            ("plan", "x", "--forgett", "3"),
+            "is required; unrecognized: --forgett; did you mean --forget. See",
+        ),
+        (
+            ("plan", "x", "--forget=3-5"),
+            "opacus-pi plan: --forget: 3-5 is not a list of positions: whole numbers",
+        ),
+        (
+            ("unlearn", "--model", "m:n", "--weights", "w", "--data", "d:e", "--out")
+            + ("new", "--pending"),
+            "--pending: the requests are those of a deletion log. Add --log LOG",
+        ),
+        (
             ("plan", "x", "--forget", "3", "--method", "langvin"),
             "'ssd'); did you mean langevin. See",
         ),

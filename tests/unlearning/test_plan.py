@@ -144,6 +144,15 @@ def test_a_plan_says_that_a_bound_excludes_almost_nothing(divergence, is_weak):
     assert ("exact rewind has ε = 0" in text) == is_weak
 
 
+@pytest.mark.parametrize(("met", "is_said"), [(True, True), (False, False)])
+def test_a_plan_says_what_a_run_means_for_later_requests(met, is_said):
+    holds = observed("it was seen", "here", met=met)
+    claim = guarantee_of_run("a method", [holds], [30.0], [1.0])
+    text = plan_of(CLIPPED, [1]).claiming(claim).text(1e-5)
+    assert ("after this run gets no bound (empirical)" in text) == is_said
+    assert "gets no bound" not in str(plan_of(CLIPPED, [1]))
+
+
 def test_steps_that_are_not_predicted_have_their_reason():
     text = str(plan_of(CLIPPED, [1]))
     assert "Steps: not predicted, because a prediction needs two past runs" in text

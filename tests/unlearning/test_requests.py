@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from opacus_pi import Recorder
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
@@ -300,6 +301,37 @@ def test_the_log_of_another_model_is_refused(tmp_path):
     latest.model.load_state_dict(read_weights(again.weights_path, UNLEARNED_WEIGHTS)[0])
     again.submit("b", indices=[4])
     assert len(again.process(latest, data(), num_epochs=1)) == 1
+
+
+def test_a_misspelt_option_is_named_also_if_nothing_is_pending(tmp_path):
+    with pytest.raises(TypeError, match="num_epoch"):
+        requests(tmp_path).process(unlearner(), data(), num_epoch=1)
+    with pytest.raises(TypeError, match=r"Recorder\.__init__\(\).*'chekpoints'"):
+        Recorder(chekpoints=None)
+
+
+def test_the_last_result_is_of_all_requests_that_were_carried_out(tmp_path):
+    mine = submitted(tmp_path)
+    assert mine.last_result(unlearner().model) is None
+    *_, last = mine.process(unlearner(), data(), num_epochs=1)
+    again = mine.last_result(unlearner().model)
+    assert again.record == last.record and again.guarantee == last.guarantee
+    assert again.trace == last.trace
+    for one, other in zip(
+        again.model.state_dict().values(), last.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other)
+    more = mine.last_result(last.model, ["a"])
+    assert more.record["requests"] == ["a", "c"]
+    assert more.record["forget_indices"] == [2, 3, 5]
+    assert more.record["forgotten_before"] == [8, 9]
+    with pytest.raises(ValueError, match="must name requests that were carried out"):
+        mine.last_result(last.model, ["nobody"])
+    mine.redact("c")  # its examples are named nowhere, so not even as the last ones
+    (left,) = {
+        tuple(mine.last_result(last.model, [n]).record["forget_indices"]) for n in "a"
+    }
+    assert left == (2, 5)
 
 
 def test_a_log_may_be_opened_through_a_link(tmp_path):
