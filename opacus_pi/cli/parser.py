@@ -309,6 +309,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             an option that would change nothing.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    options: argparse.Namespace
     options, left_over = build_parser().parse_known_args(words)
     if left_over:
         options.refuse(left_over)

@@ -446,7 +446,7 @@ class DeletionRequests(Shown):
         result, run = None, stored.run
         if run is not None and run.requests == {found.hashes[n] for n in finished}:
             result = _result_of(run, found, stored, unlearner.model)
-        facts = {"found": "in the stored weights"}
+        facts: dict[str, Any] = {"found": "in the stored weights"}
         if result is not None:
             facts = run_facts(result)
             del facts["run"]["requests"]  # the names, which are not logged twice
