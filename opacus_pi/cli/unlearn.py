@@ -61,7 +61,7 @@ from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.models.predictions import predict
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning import Unlearner, UnlearningResult
-from opacus_pi.unlearning.deletion_log import verify
+from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from opacus_pi.unlearning.listed_requests import list_requests
 from opacus_pi.unlearning.plan import LATER
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
@@ -91,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: If the library refuses a value, or the weights file beside the
             deletion log: it does not belong to the log or does not fit the model.
     """
+    _take_back_unfinished(options.log)
     going_back = rewind_options(options)
     method = make_method(options.method, options.settings)
     make_optimizer = None if going_back else _optimizer(options)
@@ -156,6 +157,17 @@ def _settings(
     """
     own = {"num_epochs": options.num_epochs, "batch_size": options.batch_size}
     return {**(going_back or own), "collate_fn": collate_fn}
+
+
+def _take_back_unfinished(log: str | None) -> None:
+    """Take back what a killed process left of a write, before the log is read.
+
+    Args:
+        log: Path of the deletion log; None: no log was named.
+    """
+    if log and os.path.exists(log):
+        with about("--log", "Restore the file from a copy, or name another."):
+            DeletionLog(os.path.realpath(log))
 
 
 def _request(

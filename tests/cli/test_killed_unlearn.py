@@ -10,6 +10,7 @@ from opacus_pi.unlearning import requests as requests_module
 from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from opacus_pi.unlearning.deletion_statements import DeletionStatement
 from tests.cli.conftest import DATA, MODEL
+from tests.unlearning.test_deletion_log import leave_unfinished_write
 
 UNLEARN = ("unlearn", *MODEL, *DATA, "--epochs", "1", "--learning-rate", "0.05")
 LEDGER = ("--ledger", "ledger.safetensors", "--seed", "4")
@@ -133,6 +134,16 @@ def test_a_result_that_was_lost_or_never_needed_a_run_is_written_again(
     code, text, err = run(*UNLEARN, *LEDGER, *log, *more)
     assert (code, err) == (0, "") and "d.db.safetensors" not in text
     assert f"Written to {tmp_path / 'text'}: the weights that honour every" in text
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_write_to_the_log_that_was_killed_is_taken_back(answer, tmp_path):
+    log = tmp_path / "d.db"
+    more = ("--log", log, "--forget")
+    answer(*UNLEARN, *more, "3", "--out", tmp_path / "a")
+    leave_unfinished_write(log)
+    found = answer(*UNLEARN, *more, "17", "--out", tmp_path / "b")
+    assert found["carried_out"] and verify(log).num_entries == 7
 
 
 def test_all_pending_requests_are_carried_out_by_one_flag(run, answer, tmp_path):

@@ -98,7 +98,7 @@ def test_every_argument_is_explained(name):
             "is required; unrecognized: --forgett; did you mean --forget. See",
         ),
         (
-            ("plan", "x", "--forget=3-5"),
+            ("plan", "ledger.safetensors", "--forget=3-5"),
             "opacus-pi plan: --forget: 3-5 is not a list of positions: whole numbers",
         ),
         (

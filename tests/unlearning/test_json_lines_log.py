@@ -202,10 +202,12 @@ def test_a_log_with_a_long_first_line(old, new):
 
 def test_an_old_log_is_verified_as_before(old):
     lines = [json.loads(line) for line in old.read_text().splitlines()]
-    heads = [START, *(line["hash"] for line in lines)]
+    heads = [line["hash"] for line in lines]
     assert verify_json_lines(old).head == heads[-1]
     added = [verify_json_lines(old, head).num_added for head in heads]
-    assert added == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert added == [6, 5, 4, 3, 2, 1, 0]
+    with pytest.raises(ValueError, match="the head of an empty log"):
+        verify_json_lines(old, START)
     with pytest.raises(
         ValueError, match="must be the hash of one of the 7 entries, got ffff"
     ):
