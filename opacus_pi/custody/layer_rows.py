@@ -10,9 +10,12 @@ therefore stay, in the input of every layer with trainable weights. Rows are com
 one number each: their product with a fixed vector.
 
 The rows of the examples that are replaced should change. If no row of a layer does,
-and the rows are not all alike, they may be the nodes of a graph or the entries of a
-table, of which there happen to be as many as examples (``fixed_layers``). The probe
-then looks whether they are rows of a state of the examples that the loop passes.
+they may be the nodes of a graph or the entries of a table, of which there happen to be
+as many as examples (``fixed_layers``). Rows that are all alike, up to rounding, are
+those of the examples if there is one less without the last example: a model may give
+every example the same vector, such as a learned query, or the same first word. For
+other rows the probe looks whether they are rows of a state of the examples that the
+loop passes.
 
 A layer may also have one row for each of the examples, and fewer rows if some of them
 are replaced by others of the batch: its rows are then computed from the values of the
@@ -23,7 +26,8 @@ their own if they are not reversed when the examples are (``not_reversed``).
 examples are not compared, except those of Opacus's recurrent layers, whose sequences
 end one after another. For the others Opacus raises an error, or
 ``integration/unequal_calls.py`` says so. Nor are inputs compared if the shape of a row
-depends on the content of the batch.
+depends on the content of the batch. Equal rows that a model makes, one for each
+example, and then uses for other examples are taken for those of the examples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +45,7 @@ __all__ = [
     "fixed_layers",
     "moved_layers",
     "not_reversed",
+    "stayed_calls",
     "uneven_layers",
     "watch_rows",
 ]
@@ -56,12 +61,15 @@ class LayerRows:
         name: The layer's name in the model.
         shape: The shape of a row.
         rows: One number for each row, ``(n,)``, in the precision of the model.
+        spread: The largest difference of an entry from that of the first row, ``()``:
+            relative to the largest entry, and absolute for whole numbers.
         may_end: Whether fewer rows than examples are the first examples.
     """
 
     name: str
     shape: tuple[int, ...]
     rows: Tensor
+    spread: Tensor
     may_end: bool
 
 
@@ -106,7 +114,24 @@ def _see(
     flat = flat if flat.is_floating_point() else flat.double()
     places = torch.arange(1, flat.shape[1] + 1, device=flat.device)
     projected = flat @ places.float().sin().to(flat.dtype)
-    add(LayerRows(name, tuple(rows.shape[1:]), projected, may_end))
+    spread = _spread(flat, is_rounded=rows.is_floating_point())
+    add(LayerRows(name, tuple(rows.shape[1:]), projected, spread, may_end))
+
+
+def _spread(flat: Tensor, *, is_rounded: bool) -> Tensor:
+    """Return how far the rows are from the first one, as ``LayerRows.spread``.
+
+    Args:
+        flat: The rows, ``(n, d)``.
+        is_rounded: Whether their entries are not whole numbers.
+    """
+    if not flat.numel():
+        return flat.new_zeros(())
+    first = flat[0]
+    largest = torch.where(flat == first, 0.0, (flat - first).abs()).amax()
+    if not is_rounded:
+        return largest
+    return largest / flat.abs().amax().clamp(min=torch.finfo(flat.dtype).tiny)
 
 
 def moved_layers(
@@ -188,24 +213,53 @@ def _have_stayed(one: LayerRows, other: LayerRows) -> bool:
     return num_rows > 0 and torch.equal(one.rows[:num_rows], other.rows[:num_rows])
 
 
-def fixed_layers(
+def stayed_calls(
     whole: Sequence[LayerRows], changed: Sequence[LayerRows], size: int
-) -> set[str]:
-    """Return the layers whose rows stayed although examples were replaced.
-
-    Rows that are all alike are left out: a model may give every example the same
-    vector, such as a learned query.
+) -> set[int]:
+    """Return the calls whose rows all stayed although examples were replaced.
 
     Args:
-        whole: The calls in a run on a batch that draws no random numbers.
+        whole: The calls in a run on a batch.
         changed: Those in a run on the batch in which examples were replaced.
-        size: The number of examples.
+        size: The number of examples; calls with another number of rows are left out.
+
+    Returns:
+        Places in ``whole``.
     """
     return {
-        one.name
-        for one, other in zip(whole, changed, strict=False)
+        place
+        for place, (one, other) in enumerate(zip(whole, changed, strict=False))
         if one.name == other.name
         and len(one.rows) == size
         and _have_stayed(one, other)
-        and bool((one.rows != one.rows[0]).any())
     }
+
+
+def fixed_layers(
+    whole: Sequence[LayerRows],
+    stayed: set[int],
+    fewer: Sequence[LayerRows],
+    tolerance: float,
+) -> set[str]:
+    """Return the layers whose rows may be other things than the examples.
+
+    Rows that are alike are those of the examples if the last one is missing without
+    the last example. If this is not known, they have to be equal bit for bit.
+
+    Args:
+        whole: The calls in a run on a batch that draws no random numbers.
+        stayed: Places of the calls whose rows stayed when examples were replaced.
+        fewer: The calls in a run without the last example; empty if there is none.
+        tolerance: What rounding may change, relative to the largest entry, below 1.
+    """
+    found = set()
+    for place in stayed:
+        one, spread = whole[place], float(whole[place].spread)
+        other = fewer[place] if place < len(fewer) else None
+        if other is not None and other.name == one.name:
+            is_alike = spread <= tolerance and len(other.rows) < len(one.rows)
+        else:
+            is_alike = spread == 0.0
+        if not is_alike:
+            found.add(one.name)
+    return found

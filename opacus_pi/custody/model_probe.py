@@ -54,9 +54,11 @@ from torch.nn.utils.rnn import PackedSequence
 from opacus_pi.custody.batch_size_probe import compare_without_one
 from opacus_pi.custody.finding import Finding
 from opacus_pi.custody.layer_rows import (
+    LayerRows,
     fixed_layers,
     moved_layers,
     not_reversed,
+    stayed_calls,
     uneven_layers,
 )
 from opacus_pi.custody.probed_call import (
@@ -85,6 +87,7 @@ MODEL_NOT_RUN = (
 # number of examples equals another dimension, which may be taken for it.
 _MAX_PROBES, _MAX_OF_EQUAL_SIZES = 4, 8
 _FEWEST_IN_ORDER = 3  # with two, no example would be replaced
+_FEWEST_LEFT = 2  # a single example may be repeated for a table of two rows
 _ROUNDED = 1e-5  # relative change of a buffer that rounding may cause
 _TOLERANCE = 1e-9  # in float64, relative to the largest output
 
@@ -323,40 +326,51 @@ def _compare(
             moved = _compare_reversed(call, *change.uneven)
         found = moved or found or compare_without_one(call, change.whole)
     is_sound = found is None or found.state == "checked"
-    if is_sound and rows_are_examples and change.has_fixed:
-        found = _compare_fixed(call) or found
+    if is_sound and rows_are_examples and change.stayed:
+        found = _compare_fixed(call, change) or found
     return found or Finding("checked", _SEPARABLE.format(size=call.size))
 
 
-def _compare_fixed(call: ProbedCall) -> Finding | None:
+def _compare_fixed(call: ProbedCall, change: "_Change") -> Finding | None:
     """Look for layers whose inputs have as many rows as examples, but other ones.
 
     Args:
         call: A call on the whole batch whose outputs depend on no other example.
+        change: What changed when half of the batch was replaced.
 
     Returns:
         None if no such layer was found.
     """
-    whole = call.run()
-    if whole.has_drawn:
+    if change.whole.has_drawn:
         call = replace(call, has_dropout=False)
-        whole = call.run()
-    if whole.has_drawn or not call.size > 1:
+        change = _change(call) or change
+    if change.whole.has_drawn or not call.size > 1:
         return None  # rows of random numbers do not change, rightly
     halves = [call.half_replaced(kept) for kept in (0, 1)]
     if any(not _differ(call.inputs, half.inputs) for half in halves):
         return None
-    runs = [half.run() for half in halves]
-    fixed = [fixed_layers(whole.layers, run.layers, call.size) for run in runs]
-    names = set.intersection(*fixed)
+    fewer = _layers_without_last(call)
+    names = fixed_layers(change.whole.layers, change.stayed, fewer, rounding_of(call))
     if names:
-        names -= _given_states(call, whole)
+        names -= _given_states(call, fewer)
     if not names:
         return None
     return Finding("unchecked", _FIXED.format(name=min(names), size=call.size))
 
 
-def _given_states(call: ProbedCall, whole: ProbedRun) -> set[str]:
+def _layers_without_last(call: ProbedCall) -> list[LayerRows]:
+    """Return the calls of layers without the last example; empty if they are not known.
+
+    Args:
+        call: A call on the whole batch.
+    """
+    try:
+        return call.without_last().run().layers if call.size > _FEWEST_LEFT else []
+    except MODEL_ERRORS:
+        return []
+
+
+def _given_states(call: ProbedCall, fewer: list[LayerRows]) -> set[str]:
     """Return the layers whose rows change with the states that the model is given.
 
     A loop may give a recurrent model the state after the part of the sequences before.
@@ -366,16 +380,15 @@ def _given_states(call: ProbedCall, whole: ProbedRun) -> set[str]:
 
     Args:
         call: A call on the whole batch that draws no random numbers.
-        whole: Its run.
+        fewer: The calls of layers without the last example, if they are known.
     """
     other, rounding = replace(call, replaces_states=True), rounding_of(call)
     change = _change(other, rounding=rounding)
     if change is None or change.share > rounding or change.moved:
         return set()
-    runs = [other.half_replaced(kept).run() for kept in (0, 1)]
-    fixed = [fixed_layers(whole.layers, run.layers, call.size) for run in runs]
-    still_fixed = set.intersection(*fixed)
-    return {rows.name for rows in whole.layers} - still_fixed
+    whole = change.whole.layers
+    still_fixed = fixed_layers(whole, change.stayed, fewer, rounding)
+    return {rows.name for rows in whole} - still_fixed
 
 
 def _differ(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
@@ -530,7 +543,8 @@ class _Change:
             runs.
         moved: The name of a layer whose inputs changed at the places of the examples
             that stayed; empty if there is none.
-        has_fixed: Whether a layer has as many rows as examples, and none changed.
+        stayed: Places of the calls of layers that have as many rows as examples, none
+            of which changed.
         uneven: A layer that has as many rows as examples, and how many it had when
             examples were replaced; None if there is none.
     """
@@ -541,7 +555,7 @@ class _Change:
     same_buffers: bool
     same_memory: bool
     moved: str
-    has_fixed: bool
+    stayed: set[int]
     uneven: tuple[str, int] | None
 
 
@@ -561,7 +575,7 @@ def _change(
     whole = call.run()
     shares, same_draws, same_buffers, same_memory = [], True, True, True
     moved: list[str] = []
-    fixed: list[set[str]] = []
+    stayed: list[set[int]] = []
     uneven: list[tuple[str, int]] = []
     for kept in (0, 1):
         other = call.half_replaced(kept, only_first=only_first)
@@ -572,7 +586,7 @@ def _change(
         places = call.kept_places(kept)
         rows = (whole.layers, changed.layers)
         moved += moved_layers(*rows, places, call.size, rounding)
-        fixed.append(fixed_layers(*rows, call.size))
+        stayed.append(stayed_calls(*rows, call.size))
         uneven += uneven_layers(*rows, call.size)
         for one, two in zip(whole.outputs, changed.outputs, strict=True):
             found = [difference(one, two, d, places) for d in example_dims(one, call)]
@@ -587,7 +601,7 @@ def _change(
         same_buffers,
         same_memory,
         name,
-        bool(set.intersection(*fixed)),
+        set.intersection(*stayed),
         uneven[0] if uneven else None,
     )
 

@@ -48,6 +48,7 @@ from opacus_pi._torch_compat import (
     FORWARD_HOOK_TABLES,
     BatchNormBase,
     compiled_module,
+    forward_hooks,
 )
 from opacus_pi.models.batches import floating
 
@@ -55,10 +56,12 @@ _PACKAGES = ("opacus", "opacus_pi")
 _ALL_HOOK_TABLES = (*FORWARD_HOOK_TABLES, *BACKWARD_HOOK_TABLES)
 # The attribute in which Opacus keeps the handles of its hooks: it marks a hooked model.
 _HANDLES_OF_OPACUS = "autograd_grad_sample_hooks"
-# The attributes that Opacus adds to the modules of a hooked model
-ADDED_BY_OPACUS = (
-    _HANDLES_OF_OPACUS,
-    "activations",
+# The attributes that Opacus adds to the layers that it hooks. The user's layers may have
+# attributes of these names, too.
+_NOTING = "capture_activations_hook"  # the hook of Opacus that notes their inputs
+_ACTIVATIONS = "activations"
+_ADDED_TO_LAYERS = (
+    _ACTIVATIONS,
     "max_batch_len",
     "ft_compute_sample_grad",
     "_forward_counter",
@@ -143,6 +146,38 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def added_by_opacus(module: nn.Module) -> set[str]:
+    """Return the names of the attributes that Opacus has added to a module.
+
+    A layer whose inputs Opacus notes has a hook for it. The list of these inputs has
+    one list of tensors for each pass; any other list is the user's. An empty list in a
+    hooked layer is taken for Opacus's.
+
+    Args:
+        module: A module of a model that may be in training.
+    """
+    present = vars(module)
+    found = {_HANDLES_OF_OPACUS} & present.keys()
+    if any(_notes_inputs(hook) for hook in forward_hooks(module).values()):
+        found |= set(_ADDED_TO_LAYERS) & present.keys()
+    if _ACTIVATIONS in found and not _are_of_opacus(present[_ACTIVATIONS]):
+        found.remove(_ACTIVATIONS)
+    return found
+
+
+def _notes_inputs(hook: Any) -> bool:
+    """Return whether a forward hook is the one by which Opacus notes inputs."""
+    return getattr(hook, "__name__", "") == _NOTING and is_hook_of_opacus(hook)
+
+
+def _are_of_opacus(activations: Any) -> bool:
+    """Return whether an attribute is the list in which Opacus notes inputs."""
+    return isinstance(activations, list) and all(
+        isinstance(one, list) and all(isinstance(x, torch.Tensor) for x in one)
+        for one in activations
+    )
+
+
 def made_by_opacus(value: Any) -> bool:
     """Return whether a class of the value is defined in Opacus or in this package."""
     return any(_in_packages(cls.__module__) for cls in type(value).__mro__)
@@ -217,31 +252,31 @@ def _deep_copy(
         memo: The replacements of objects, by the objects' ids, as in ``deepcopy``.
         kept_tables: The hook tables whose entries, if the user's, are copied.
     """
-    is_hooked = any(_HANDLES_OF_OPACUS in vars(module) for module in model.modules())
-    added = ADDED_BY_OPACUS if is_hooked else ()
-    for module in model.modules():
-        memo |= _replacements(module, kept_tables, added)
+    added = [(module, added_by_opacus(module)) for module in model.modules()]
+    for module, names in added:
+        memo |= _replacements(module, kept_tables, names)
     for module in model.modules():
         if (inner := compiled_module(module)) is not None:
             memo[id(module)] = copy.deepcopy(inner, memo)
     copied = copy.deepcopy(model, memo)
+    for module, names in added:
+        for name in names if id(module) in memo else ():
+            vars(memo[id(module)]).pop(name, None)
     for module in copied.modules():
-        for name in added:
-            vars(module).pop(name, None)
         for name in kept_tables:
             _remove_replaced_(getattr(module, name))
     return copied
 
 
 def _replacements(
-    module: nn.Module, kept_tables: tuple[str, ...], added: tuple[str, ...]
+    module: nn.Module, kept_tables: tuple[str, ...], added: set[str]
 ) -> dict[int, Any]:
     """Return the replacements for parts of one module in the copy, by the parts' ids.
 
     Args:
         module: One module of the model, without its children.
         kept_tables: The hook tables of which only the entries of Opacus are replaced.
-        added: Attributes that Opacus adds to modules.
+        added: The attributes that Opacus has added to the module.
     """
     found: dict[int, Any] = {}
     for name, value in vars(module).items():
@@ -253,7 +288,7 @@ def _replacements(
     return found
 
 
-def _stand_in(name: str, value: Any, added: tuple[str, ...]) -> Any:
+def _stand_in(name: str, value: Any, added: set[str]) -> Any:
     """Return an attribute's replacement in the copy; the value itself if it is copied.
 
     Hook tables that are not kept become empty, and so do lists of Opacus, such as the
@@ -263,7 +298,7 @@ def _stand_in(name: str, value: Any, added: tuple[str, ...]) -> Any:
     Args:
         name: Name of the attribute.
         value: Its value.
-        added: Attributes that Opacus adds to modules.
+        added: The attributes that Opacus has added to the module.
     """
     if name in _ALL_HOOK_TABLES:
         return OrderedDict()

@@ -35,7 +35,7 @@ from opacus_pi._torch_compat import (
     FORWARD_HOOK_TABLES,
     compiled_module,
 )
-from opacus_pi.models.copies import ADDED_BY_OPACUS, is_hook_of_opacus
+from opacus_pi.models.copies import added_by_opacus, is_hook_of_opacus
 
 _CONSTANTS = (
     *(type(None), bool, int, float, complex, str, bytes, enum.Enum),
@@ -44,7 +44,7 @@ _CONSTANTS = (
 )
 Place = tuple[int, str]  # a module's place in ``own_modules``, and an attribute's name
 # Attributes of modules that an evaluation copy does not take from its model
-_NOT_COPIED = {"training", *BACKWARD_HOOK_TABLES, *ADDED_BY_OPACUS}
+_NOT_COPIED = {"training", *BACKWARD_HOOK_TABLES}
 
 
 def structure_of(model: nn.Module, ignored: Collection[Place] = ()) -> Hashable | None:
@@ -154,6 +154,7 @@ class _Description:
         if rescales or hasattr(module, "__deepcopy__"):
             raise _Unknown
         found = []
+        not_copied = _NOT_COPIED | added_by_opacus(module)
         place = self._places.get(id(module), -1)
         for name, attribute in vars(module).items():
             if (place, name) in self._ignored:
@@ -161,7 +162,7 @@ class _Description:
             if name in FORWARD_HOOK_TABLES:
                 hooks = [h for h in attribute.values() if not is_hook_of_opacus(h)]
                 found.append((name, self.of(hooks)))
-            elif name not in _NOT_COPIED and not _replaces_forward(name, attribute):
+            elif name not in not_copied and not _replaces_forward(name, attribute):
                 found.append((name, self.of(attribute)))
         return tuple(found)
 

@@ -32,18 +32,31 @@ class Graph(nn.Module):
         return (self.links @ self.second(hidden))[nodes]
 
 
-class Queries(nn.Module):
-    """Every example gets the same learned vectors, through a layer."""
+def nearly_equal_nodes(spread):
+    """Return a graph whose nodes have equal features, up to a spread."""
+    graph = Graph()
+    graph.x = torch.ones(NUM, 5) + spread * torch.rand(NUM, 5)
+    return graph
 
-    def __init__(self):
+
+class Queries(nn.Module):
+    """Every example gets the same learned vectors, through a layer.
+
+    Args:
+        spread: How the vectors differ, as by the rounding of a kernel.
+    """
+
+    def __init__(self, spread=0.0):
         super().__init__()
-        self.query = nn.Linear(5, 4)
+        self.spread, self.query = spread, nn.Linear(5, 4)
         self.register_buffer("start", torch.ones(5))
         self.head = nn.Linear(8, 3)
         self.x = nn.Embedding(NUM, 4)
 
     def forward(self, nodes):
-        query = self.query(self.start.expand(len(nodes), 5))
+        start = self.start.expand(len(nodes), 5)
+        places = self.spread * torch.arange(len(nodes)).unsqueeze(1)
+        query = self.query(start + places)
         return self.head(torch.cat([self.x(nodes), query], dim=1))
 
 
@@ -122,6 +135,56 @@ def test_nodes_of_a_graph_are_not_taken_for_examples(mode, drops):
 
 def test_a_mode_that_does_not_rely_on_rows_is_not_doubted():
     assert model_link(Graph(), "fast").state == "checked"
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
+@pytest.mark.filterwarnings("ignore:The library assumes")
+def test_nodes_that_look_alike_are_not_taken_for_examples(spread):
+    link = model_link(nearly_equal_nodes(spread))
+    assert link.state == "unchecked"
+    assert "'first' have as many rows as the batch has examples" in link.sentence
+
+
+@pytest.mark.parametrize(("spread", "state"), [(1e-7, "checked"), (0.1, "unchecked")])
+def test_equal_vectors_of_the_examples_are_fine_up_to_rounding(spread, state):
+    nodes = torch.arange(NUM)
+    found = probe_separability(Queries(spread), (nodes,), {}, rows_are_examples=True)
+    assert found.state == state, found.sentence
+
+
+@pytest.mark.parametrize(("value", "state"), [(7, "checked"), (None, "unchecked")])
+def test_whole_numbers_are_compared_without_rounding(value, state):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.word, self.head = nn.Embedding(2**25, 1), nn.Linear(2, 1)
+
+        def forward(self, x):
+            numbers = torch.arange(len(x)) + 2**24 if value is None else value
+            words = self.word(x.new_zeros(len(x), dtype=torch.long) + numbers)
+            return self.head(torch.cat([x, words], 1))
+
+    found = probe_separability(Words(), (torch.randn(9, 1),), {}, rows_are_examples=True)
+    assert found.state == state, found.sentence
+
+
+@pytest.mark.parametrize("size", range(25, 31))
+def test_sequences_that_begin_with_the_same_token_are_fine(size):
+    class Names(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.letters = nn.Embedding(259, 64)
+            self.cell = DPLSTM(64, 128, batch_first=True)
+            self.head = nn.Linear(128, 4)
+
+        def forward(self, x):
+            return self.head(self.cell(self.letters(x))[0][:, -1])
+
+    torch.manual_seed(0)
+    x = torch.randint(97, 122, (size, 8))
+    x[:, 0] = 256
+    found = probe_separability(Names(), (x,), {}, rows_are_examples=True)
+    assert found.state == "checked", found.sentence
 
 
 @pytest.mark.parametrize("module", [Queries, Noisy])

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from opacus_pi.models.copies import evaluation_copy, training_copy
+from opacus_pi.models.structure import structure_of
 
 COPIES = (training_copy, evaluation_copy)
 
@@ -56,6 +57,41 @@ def test_nothing_of_opacus_comes_along(copied):
     for p in copy.parameters():
         assert p.grad is None and not hasattr(p, "grad_sample")
     assert len(live[0].activations) == 1 and live[0]._forward_hooks
+
+
+class Named(nn.Module):
+    """Has attributes by names of Opacus's, in a layer that Opacus may hook."""
+
+    def __init__(self, *, has_weights):
+        super().__init__()
+        self.activations = [nn.Identity(), nn.Tanh()]
+        self.max_batch_len, self._forward_counter = 3, 4
+        if has_weights:
+            self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        parts = zip(self.activations, x.chunk(2, 1), strict=False)
+        x = torch.cat([activation(part) for activation, part in parts], 1)
+        return x * self.scale if hasattr(self, "scale") else x
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_attributes_of_the_user_by_names_of_opacus_are_copied(copied, has_weights):
+    live = nn.Sequential(nn.Linear(3, 2), Named(has_weights=has_weights))
+    expected = live(torch.ones(5, 3))
+    wrapped = opacus.GradSampleModule(live)
+    if not has_weights:  # otherwise Opacus itself takes the length for its own
+        wrapped(torch.ones(5, 3)).sum().backward()
+    copy = copied(wrapped)
+    assert torch.equal(copy(torch.ones(5, 3)), expected)
+    if not has_weights:
+        assert (copy[1].max_batch_len, copy[1]._forward_counter) == (3, 4)
+    assert not hasattr(copy[0], "activations")
+    assert [type(a) for a in live[1].activations] == [nn.Identity, nn.Tanh]
+    described = structure_of(live)
+    live[1].activations.pop()
+    assert structure_of(live) != described
 
 
 def test_a_training_copy_owns_its_weights_and_keeps_the_mode():
