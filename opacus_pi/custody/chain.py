@@ -145,6 +145,7 @@ class Chain:
         self._doubts: dict[str, list[str]] = {}
         self._settled: set[tuple[str, str]] = set()
         self._reasons: dict[str, str] = {}
+        self._leaves_epsilon: set[str] = set()  # names of broken links
         self._awaited: dict[str, str] = {}
         self._earlier: dict[str, Link] = {}  # as they were when the run was saved
         self._is_continued: Callable[[], bool] = _always
@@ -258,18 +259,25 @@ class Chain:
         if cause in doubts:
             doubts.remove(cause)
 
-    def break_link(self, link: str, reason: str) -> None:
+    def break_link(
+        self, link: str, reason: str, *, rules_out_epsilon: bool = True
+    ) -> None:
         """Record that a link does not hold: from now on no number is given.
 
         Args:
             link: One of ``LINKS``.
             reason: What was found, what follows, and the remedy, in sentences. Only the
-                first reason of a link is kept.
+                first reason of a link is kept, or the first that rules out ε.
+            rules_out_epsilon: Whether the reason shows that the ε of the engine's
+                accountant is no bound for the training. False if this is not known.
         """
-        if link not in self._reasons:
+        is_new = link not in self._reasons
+        if is_new or (rules_out_epsilon and link in self._leaves_epsilon):
             self._reasons[link] = reason
-            if self._refuse is not None:
-                self._refuse(reason)
+            self._leaves_epsilon -= {link}
+            self._leaves_epsilon |= set() if rules_out_epsilon else {link}
+        if is_new and self._refuse is not None:
+            self._refuse(reason)
 
     def is_broken(self, link: str) -> bool:
         """Return whether a link was reported not to hold.
@@ -319,8 +327,9 @@ class Chain:
         self._before = SampleCounts(*counts)
         self._is_continued = is_continued or _always
         for link in saved.links:
-            if link.state == BROKEN:
-                self._reasons.setdefault(link.name, link.sentence)
+            if link.state == BROKEN and link.name not in self._reasons:
+                self._reasons[link.name] = link.sentence
+                self._leaves_epsilon |= {link.name} & set(saved.leaves_epsilon)
             elif link.state == UNCHECKED and not self._is_unreported(link):
                 self._doubts.setdefault(link.name, []).append(link.sentence)
             else:
@@ -347,13 +356,17 @@ class Chain:
 
     def refusal(self) -> str:
         """Return the reason not to give numbers now; empty if there is none."""
-        self._look(only_breaking=True)
-        broken = self._known().broken
+        broken = self.custody(only_breaking=True).broken
         return broken[0].sentence if broken else ""
 
-    def custody(self) -> Custody:
-        """Return the present state of all links, for a ledger."""
-        self._look(only_breaking=False)
+    def custody(self, *, only_breaking: bool = False) -> Custody:
+        """Return the present state of all links, for a ledger.
+
+        Args:
+            only_breaking: Whether only broken links are asked for, so that functions
+                that leave links unchecked need not be called.
+        """
+        self._look(only_breaking=only_breaking)
         return self._known()
 
     def _look(self, *, only_breaking: bool) -> None:
@@ -372,6 +385,7 @@ class Chain:
             counts.num_unattributed,
             self.allows_unattributed,
             counts.cause,
+            tuple(name for name in LINKS if name in self._leaves_epsilon),
         )
 
     def _link(self, name: str) -> Link:

@@ -453,7 +453,8 @@ class OutsideChanges:
             self._chain.leave_unchecked("weights", _STEPPED_AGAIN)
             return
         own = None if maker is None else own_step(maker)
-        self._chain.break_link("noise", own or _STEPPED_WITHOUT_NOISE)
+        reason = own or _STEPPED_WITHOUT_NOISE
+        self._chain.break_link("noise", reason, rules_out_epsilon=own is not None)
 
     def _step_was_made(self, inner: Optimizer) -> None:
         """Compare the gradients after a step; note the weights if it was a second."""

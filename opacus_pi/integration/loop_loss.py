@@ -608,12 +608,13 @@ class LoopLoss:
         """
         reason = _LEFT_OUT if num_left_out else _OTHER_OUTPUTS
         text = reason.format(count=num_left_out, size=size, remedy=_REMEDY)
-        self._chain.break_link("loss", text)
+        self._chain.break_link("loss", text, rules_out_epsilon=False)
 
     def _refuse_or_doubt(self, reason: str, passes: Sequence[ForwardPass]) -> None:
         """Break the link, if the examples of all samples are known."""
         if all(forward.is_recognised for forward in passes):
-            self._chain.break_link("loss", reason)
+            shown = reason is _ORDER
+            self._chain.break_link("loss", reason, rules_out_epsilon=shown)
         else:
             self._chain.leave_unchecked("loss", _ASSUMED_ORDER)
 

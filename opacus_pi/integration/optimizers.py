@@ -224,10 +224,11 @@ class _ReportingOptimizer(DPOptimizer):
         """Return whether the methods are those of Opacus; break a link if not."""
         chain, shadowed = self._pi_update.chain, shadowed_method(self)
         if shadowed is not None:
-            chain.break_link("norm", shadowed)
+            chain.break_link("norm", shadowed, rules_out_epsilon=False)
         is_replaced = self._pi_methods.are_replaced(self)
         if is_replaced:
-            chain.break_link(*self._pi_methods.reason(self))
+            replaced = self._pi_methods.reason(self)
+            chain.break_link(*replaced, rules_out_epsilon=False)
         return shadowed is None and not is_replaced
 
     def _pi_require_noise(self, is_drawn_again: bool) -> None:
@@ -266,7 +267,7 @@ class _ReportingOptimizer(DPOptimizer):
         update = self._pi_update
         if self._pi_written.follow(held_by(self)):
             if holds_others(self, module_of(update.hooks)):
-                update.chain.break_link("norm", FOREIGN)
+                update.chain.break_link("norm", FOREIGN, rules_out_epsilon=False)
 
     def _pi_note_gradients(self) -> None:
         """Note the gradients as they are: they have noise."""
@@ -517,7 +518,10 @@ class _FromGhostClipping(_ReportingOptimizer):
             is_trained = parameter.requires_grad and id(parameter) in held
             lacks_norm = norm is None and is_trained and parameter.grad is not None
             if lacks_norm or (norm is not None and not is_trained):
-                self._pi_update.chain.break_link("norm", _OTHER_PARAMETERS)
+                # the norm of a frozen weight makes others smaller than they need be
+                self._pi_update.chain.break_link(
+                    "norm", _OTHER_PARAMETERS, rules_out_epsilon=lacks_norm
+                )
         return norms
 
     def _pi_require_fresh_norms(self, now: list[Tensor | None]) -> None:
@@ -551,7 +555,9 @@ class _FromGhostClipping(_ReportingOptimizer):
         # Passes that wait for their second backward pass are not discarded.
         if tracker.discard(clipped_only=is_between) and is_between:
             if tracker.awaits_second_backward():
-                self._pi_update.chain.break_link("norm", _TWO_BACKWARD_PASSES)
+                self._pi_update.chain.break_link(
+                    "norm", _TWO_BACKWARD_PASSES, rules_out_epsilon=False
+                )
         super().zero_grad(*args, **options)
 
     def add_noise(self) -> None:
@@ -560,5 +566,7 @@ class _FromGhostClipping(_ReportingOptimizer):
         noised = float(self.max_grad_norm)
         if clipped != noised:
             reason = _TWO_CLIP_NORMS.format(clipped=clipped, noised=noised)
-            self._pi_update.chain.break_link("noise", reason)
+            self._pi_update.chain.break_link(
+                "noise", reason, rules_out_epsilon=clipped > noised
+            )
         super().add_noise()

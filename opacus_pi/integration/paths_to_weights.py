@@ -134,7 +134,8 @@ class PathsToWeights:
             self._end()
             if outside:
                 named = [n for n, p in module.named_parameters() if id(p) in outside]
-                self._chain.break_link("norm", reason.format(names=listed(named)))
+                text, shown = reason.format(names=listed(named)), reason is _OUTSIDE
+                self._chain.break_link("norm", text, rules_out_epsilon=shown)
                 return
         if self._looks.is_due:
             self._begin()

@@ -47,8 +47,8 @@ _NO_BOUND = (
     "set; train by make_private for a guarantee."
 )
 _NOT_COUNTED = (
-    "The accountant has counted {} of {} updates, so its epsilon is too small. The "
-    "cause is not known: optimizer.attach_step_hook may have replaced the "
+    "The accountant has counted fewer updates than were made, so its epsilon is too "
+    "small. The cause is not known: optimizer.attach_step_hook may have replaced the "
     "accountant's own hook (attach one function that calls both hooks), the loop may "
     "call the parts of optimizer.step instead of it, or the accountant's history was "
     "changed."
@@ -79,6 +79,10 @@ _APPROXIMATE = (
     "theorem, so it is an approximation, and may be too small. The library uses it as "
     "a limit of no other number. "
     'For a bound, use PrivacyEngine(accountant="rdp") or "prv".'
+)
+_NO_LEDGER = (
+    "get_epsilon returns Opacus's number. It is not known whether it is a bound for "
+    "this training. {}"
 )
 _BROKEN = (
     "get_epsilon returns Opacus's number, but it cannot be taken as a bound for this "
@@ -297,8 +301,7 @@ class Readings:
         if self.recorder.sampling == "fixed" and self.is_private:
             warnings.warn(_NOT_POISSON, stacklevel=_USERS_LINE)
         if self.is_private and num_counted < num_made:
-            text = _NOT_COUNTED.format(num_counted, num_made)
-            warnings.warn(text, stacklevel=_USERS_LINE)
+            warnings.warn(_NOT_COUNTED, stacklevel=_USERS_LINE)
         if self.is_private and self.recorder.is_charged_too_little:
             warnings.warn(_CHARGED_TOO_LITTLE, stacklevel=_USERS_LINE)
         if (
@@ -307,9 +310,10 @@ class Readings:
             and isinstance(self.accountant, GaussianAccountant)
         ):
             warnings.warn(_APPROXIMATE, stacklevel=_USERS_LINE)
-        refusal = self.recorder.refusal
-        if refusal:
-            warnings.warn(_BROKEN.format(refusal), stacklevel=_USERS_LINE)
+        reason, is_shown = self.recorder.epsilon_reason()
+        if reason:
+            text = _BROKEN if is_shown else _NO_LEDGER
+            warnings.warn(text.format(reason), stacklevel=_USERS_LINE)
 
 
 def _warn_if_most_are_equal(values: NDArray[np.float64]) -> None:

@@ -310,11 +310,13 @@ class PreparedRun:
         for link, reason in (
             ("norm", clipping_without_effect(engine)),
             ("noise", complex_noise(self.module)),
-            ("schedule", unknown_schedule(self.loader)),
             ("rows", overlapping(self.loader, shared.size) if shared else None),
         ):
             if reason is not None:
                 self.chain.break_link(link, reason)
+        if (unknown := unknown_schedule(self.loader)) is not None:
+            rules_out = is_poisson(self.loader)  # and the rate is larger than counted
+            self.chain.break_link("schedule", unknown, rules_out_epsilon=rules_out)
         if self.model_probe is None:
             self.chain.leave_unchecked("model", MODEL_NOT_RUN, warn=False)
         else:
@@ -388,9 +390,10 @@ class PreparedRun:
         Args:
             update: What ``first_update`` returned.
         """
-        wrong = layers_opacus_gets_wrong(self.hooks)
-        for reason in filter(None, [self._own_rule, *wrong]):
-            self.chain.break_link("norm", reason)
+        if self._own_rule is not None:
+            self.chain.break_link("norm", self._own_rule, rules_out_epsilon=False)
+        for reason, rules_out in layers_opacus_gets_wrong(self.hooks):
+            self.chain.break_link("norm", reason, rules_out_epsilon=rules_out)
         watch_inputs(self.hooks, self.chain)
         registered = own_samplers(self.hooks)
         if registered is not None:

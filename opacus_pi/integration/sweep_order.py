@@ -77,6 +77,8 @@ class InItemOrder:
             return batch
         if sorted(order.tolist()) != list(range(len(items))):
             if self.chain is not None:
-                self.chain.break_link("identity", _NOT_EACH_ONCE)
+                self.chain.break_link(
+                    "identity", _NOT_EACH_ONCE, rules_out_epsilon=False
+                )
             return batch
         return rows_of(batch, np.argsort(order).tolist(), len(items))

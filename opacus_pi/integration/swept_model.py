@@ -82,7 +82,7 @@ class SweptModel:
         if self._updated(module) != self._measured:
             chain.leave_unchecked("norm", _CHANGED)
         if holds_others(optimizer, module):
-            chain.break_link("norm", FOREIGN)
+            chain.break_link("norm", FOREIGN, rules_out_epsilon=False)
 
     def _updated(self, module: nn.Module) -> tuple[bool, ...]:
         """Return for each weight whether the optimizer updates it.

@@ -345,7 +345,8 @@ class UpdateUnderWay:
             self.loop_loss.update_was_made()
         if self.is_superseded or self._batch_norms or not self._is_distinct:
             for link, reason in self._reasons():
-                self.chain.break_link(link, reason)
+                shown = reason is not _SUPERSEDED
+                self.chain.break_link(link, reason, rules_out_epsilon=shown)
         self._examples, self._is_distinct = [], True
         if not self.is_superseded:
             if charges_less(self.accountant(), settings):

@@ -75,24 +75,31 @@ _AS_EMBEDDING = (
 _Recurrent = (DPLSTM, DPGRU, DPRNN)
 _Layer = nn.Module
 _Rule = Callable[[Any], Iterator[tuple[str, str]]]
+_WRITES = "makes every forward pass write to the weights of the batch's tokens"
 
 
-def layers_opacus_gets_wrong(hooks: AbstractGradSampleHooks) -> Iterator[str]:
+def layers_opacus_gets_wrong(
+    hooks: AbstractGradSampleHooks,
+) -> Iterator[tuple[str, bool]]:
     """Yield a reason for each layer whose options Opacus does not handle.
 
     Args:
         hooks: What ``make_private`` returned for the model.
+
+    Yields:
+        The reason, and whether it shows that ε is no bound. A gradient that is wrong,
+        but computed from one example, is clipped like a right one.
     """
     for name, layer in _trainable_layers(hooks):
         for kind, rule in _OPTIONS.items():
             if isinstance(layer, kind):
                 for what, remedy in rule(layer):
-                    yield _reason(name, layer, what, remedy)
+                    yield _reason(name, layer, what, remedy), _WRITES in what
     for name, layer in module_of(hooks).named_modules():
         count = num_captures(layer)
         if count > 1:
             what = _SEVERAL_PARENTS.format(count, count)
-            yield _reason(name, layer, what, _ONE_PARENT)
+            yield _reason(name, layer, what, _ONE_PARENT), False
 
 
 def watch_inputs(hooks: AbstractGradSampleHooks, chain: Chain) -> None:
@@ -150,8 +157,7 @@ def _embedding_options(layer: nn.Embedding) -> Iterator[tuple[str, str]]:
         )
     if layer.max_norm is not None:
         yield (
-            f"max_norm={layer.max_norm} makes every forward pass write to the weights "
-            "of the batch's tokens, without noise",
+            f"max_norm={layer.max_norm} {_WRITES}, without noise",
             "Leave the option out.",
         )
 
@@ -216,7 +222,9 @@ class _InputCheck:
 
         def found(what: str, remedy: str) -> None:
             self._check = None  # the first reason is enough
-            chain.break_link("norm", _reason(name, layer, what, remedy))
+            reason = _reason(name, layer, what, remedy)
+            is_mixed = check is _check_packed
+            chain.break_link("norm", reason, rules_out_epsilon=is_mixed)
 
         check(layer, args, kwargs, out, found)
 

@@ -81,6 +81,10 @@ CHANGED_DIVISOR = (
     "sets it, or set it once, before the first update, to a number that does not "
     "depend on the training data."
 )
+_UNKNOWN = (
+    "More samples of the updates are unattributed than is allowed: it is not known "
+    "which examples they are. "
+)
 #: Largest share of unattributed samples for which numbers are still given.
 MAX_UNATTRIBUTED = 0.01
 
@@ -127,6 +131,8 @@ class Custody:
         allows_unattributed: Whether any share of unattributed samples is allowed,
             because the recorder had an option that says how to charge them.
         cause: Why samples are unattributed, as a sentence; empty if none are.
+        leaves_epsilon: The names of broken links whose sentence does not show whether
+            the ε of the engine's accountant is a bound for the training.
     """
 
     links: tuple[Link, ...] = ()
@@ -134,6 +140,7 @@ class Custody:
     num_unattributed: int = 0
     allows_unattributed: bool = False
     cause: str = ""
+    leaves_epsilon: tuple[str, ...] = ()
 
     @property
     def share_unattributed(self) -> float:
@@ -144,9 +151,33 @@ class Custody:
     def broken(self) -> tuple[Link, ...]:
         """The links that do not hold."""
         found = [link for link in self.links if link.state == BROKEN]
-        if self.share_unattributed > MAX_UNATTRIBUTED and not self.allows_unattributed:
+        if self._has_too_many_unattributed:
             found.append(Link("identity", BROKEN, self._too_many_unattributed()))
         return tuple(found)
+
+    @property
+    def _has_too_many_unattributed(self) -> bool:
+        """Whether more samples are unattributed than is allowed."""
+        is_many = self.share_unattributed > MAX_UNATTRIBUTED
+        return is_many and not self.allows_unattributed
+
+    def epsilon_reason(self) -> tuple[str, bool]:
+        """Return what is known against the ε of the engine's accountant.
+
+        The text is the same as long as no other reason is found, so that a warning
+        with it is printed once.
+
+        Returns:
+            A sentence, empty if no link is broken; and whether it shows that ε is no
+            bound for the training. If not, it is not known whether it is one.
+        """
+        found = [link for link in self.links if link.state == BROKEN]
+        for link in found:
+            if link.name not in self.leaves_epsilon:
+                return link.sentence, True
+        if found:
+            return found[0].sentence, False
+        return (_UNKNOWN + self.cause if self._has_too_many_unattributed else ""), False
 
     @property
     def unchecked(self) -> tuple[Link, ...]:
@@ -233,6 +264,8 @@ class Custody:
             facts["allows_unattributed"] = True
         if self.cause:
             facts["cause"] = self.cause
+        if self.leaves_epsilon:
+            facts["leaves_epsilon"] = list(self.leaves_epsilon)
         return json.dumps(facts, ensure_ascii=False)
 
     @classmethod
@@ -251,8 +284,9 @@ class Custody:
             counts = [int(facts[name]) for name in ("num_samples", "num_unattributed")]
             allows = bool(facts.get("allows_unattributed", False))
             cause = str(facts.get("cause", ""))
+            leaves = tuple(map(str, facts.get("leaves_epsilon", ())))
         except (KeyError, TypeError, RecursionError, json.JSONDecodeError):
-            links, counts, allows, cause = (), [-1, -1], False, ""
+            links, counts, allows, cause, leaves = (), [-1, -1], False, "", ()
         expect(
             0 <= counts[1] <= counts[0],
             "the file's chain of custody",
@@ -260,7 +294,7 @@ class Custody:
             "must be what the ledger wrote",
             "Restore the file from a copy.",
         )
-        return cls(links, counts[0], counts[1], allows, cause)
+        return cls(links, counts[0], counts[1], allows, cause, leaves)
 
 
 def unchecked_in(custodies: Iterable[Custody | None]) -> tuple[Link, ...]:

@@ -210,6 +210,21 @@ class Recorder(RecorderOptions):
             reason = broken[0].sentence if broken else ""
         return self._run.refusal or reason
 
+    def epsilon_reason(self) -> tuple[str, bool]:
+        """Return why the ε of the engine's accountant may be no bound for the run.
+
+        Returns:
+            The reason, empty if there is none; and whether it shows that ε is no
+            bound. If not, it is not known whether it is one.
+        """
+        if self._run is None:
+            return "", False
+        self._fetch_waiting()
+        chain = self._chain
+        custody = chain.custody(only_breaking=True) if chain else self._custody()
+        reason, is_shown = custody.epsilon_reason() if custody else ("", False)
+        return reason or self._run.refusal, is_shown
+
     @property
     def ledger(self) -> GradNormLedger:
         """The ledger of all updates so far; training may go on.
@@ -796,7 +811,7 @@ class Recorder(RecorderOptions):
         if self._chain is None:
             self.refuse(reason)
         else:
-            self._chain.break_link("loss", reason)
+            self._chain.break_link("loss", reason, rules_out_epsilon=False)
 
     def _fetch_waiting(self) -> None:
         """Put the waiting reports into the record, in the order of reporting."""

@@ -230,7 +230,7 @@ def test_a_step_hook_of_the_user_replaces_the_accountants():
     run = Run()
     run.optimizer.attach_step_hook(lambda _: None)
     quietly(once_each, run)
-    with pytest.warns(UserWarning, match="has counted 0 of 8 updates"):
+    with pytest.warns(UserWarning, match="has counted fewer updates than were made"):
         run.engine.get_epsilon(1e-5)
     assert run.engine.epsilons(1e-5).max() > 0
 
@@ -252,7 +252,7 @@ def test_updates_that_the_loop_makes_of_the_parts_of_a_step():
     assert num_updates > 0
     assert run.engine.epsilons(1e-5).max() > 0
     with (
-        pytest.warns(UserWarning, match=f"counted 0 of {num_updates} updates"),
+        pytest.warns(UserWarning, match="counted fewer updates than were made"),
         pytest.raises(AccountingError, match=f"none of {num_updates} updates"),
     ):
         run.engine.get_epsilon(1e-5)
