@@ -229,9 +229,7 @@ def stayed_calls(
     return {
         place
         for place, (one, other) in enumerate(zip(whole, changed, strict=False))
-        if one.name == other.name
-        and len(one.rows) == size
-        and _have_stayed(one, other)
+        if one.name == other.name and len(one.rows) == size and _have_stayed(one, other)
     }
 
 

@@ -214,9 +214,7 @@ class UnchangedSchedule:
         if loader is not None:  # its truth value would be computed from its length
             reason = changed_schedule(self._before, loader)
             if reason:
-                self._chain.break_link(
-                    "schedule", reason, rules_out_epsilon=False
-                )
+                self._chain.break_link("schedule", reason, rules_out_epsilon=False)
 
 
 def overlapping(loader: DataLoader[Any], num_processes: int) -> str | None:

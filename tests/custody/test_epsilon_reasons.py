@@ -80,7 +80,9 @@ def a_method_of_its_own():
 def words(**options):
     torch.manual_seed(0)
     data = TensorDataset(torch.randint(0, 9, (NUM, 5)), torch.arange(NUM) % 3)
-    module = nn.Sequential(nn.Embedding(9, 4, **options), nn.Flatten(), nn.Linear(20, 3))
+    module = nn.Sequential(
+        nn.Embedding(9, 4, **options), nn.Flatten(), nn.Linear(20, 3)
+    )
     engine, model, optimizer, loader = prepared(module, data)
     train(model, optimizer, loader)
     return engine
@@ -114,7 +116,9 @@ def directly_and_without_noise_of_its_size():
     train(model, optimizer, loader)
     optimizer.original_optimizer.step()  # with noise: harmless
     optimizer.zero_grad()
-    nn.functional.cross_entropy(model(torch.randn(9, 4)), torch.arange(9) % 3).backward()
+    nn.functional.cross_entropy(
+        model(torch.randn(9, 4)), torch.arange(9) % 3
+    ).backward()
     optimizer.original_optimizer.step()
     for x, y in loader:
         seed = torch.initial_seed()

@@ -164,7 +164,9 @@ def test_whole_numbers_are_compared_without_rounding(value, state):
             words = self.word(x.new_zeros(len(x), dtype=torch.long) + numbers)
             return self.head(torch.cat([x, words], 1))
 
-    found = probe_separability(Words(), (torch.randn(9, 1),), {}, rows_are_examples=True)
+    found = probe_separability(
+        Words(), (torch.randn(9, 1),), {}, rows_are_examples=True
+    )
     assert found.state == state, found.sentence
 
 
