@@ -56,9 +56,9 @@ _PACKAGES = ("opacus", "opacus_pi")
 _ALL_HOOK_TABLES = (*FORWARD_HOOK_TABLES, *BACKWARD_HOOK_TABLES)
 # The attribute in which Opacus keeps the handles of its hooks: it marks a hooked model.
 _HANDLES_OF_OPACUS = "autograd_grad_sample_hooks"
-# The attributes that Opacus adds to the layers that it hooks. The user's layers may have
-# attributes of these names, too.
-_NOTING = "capture_activations_hook"  # the hook of Opacus that notes their inputs
+_NOTING = "capture_activations_hook"  # the hook by which Opacus notes inputs of layers
+# The attributes that Opacus adds to the layers with this hook. The user's layers may
+# have attributes of these names, too.
 _ACTIVATIONS = "activations"
 _ADDED_TO_LAYERS = (
     _ACTIVATIONS,
