@@ -80,6 +80,13 @@ _APPROXIMATE = (
     "a limit of no other number. "
     'For a bound, use PrivacyEngine(accountant="rdp") or "prv".'
 )
+_NO_UPDATE = (
+    "get_epsilon returns 0: the optimizer that make_private returned has made no update, "
+    "although the loader has delivered a whole pass of batches. If a model was trained "
+    "with these batches, it was not trained privately: train the model and the "
+    "optimizer that make_private returned. If training has not begun, nothing needs to "
+    "be done."
+)
 _NO_LEDGER = (
     "get_epsilon returns Opacus's number. It is not known whether it is a bound for "
     "this training. {}"
@@ -310,10 +317,17 @@ class Readings:
             and isinstance(self.accountant, GaussianAccountant)
         ):
             warnings.warn(_APPROXIMATE, stacklevel=_USERS_LINE)
+        if self.is_private and not num_made and not num_counted and self._has_passed():
+            warnings.warn(_NO_UPDATE, stacklevel=_USERS_LINE)
         reason, is_shown = self.recorder.epsilon_reason()
         if reason:
             text = _BROKEN if is_shown else _NO_LEDGER
             warnings.warn(text.format(reason), stacklevel=_USERS_LINE)
+
+    def _has_passed(self) -> bool:
+        """Return whether the latest pass over the loader is over."""
+        latest = None if self.run is None else self.run.tracker.latest
+        return latest is not None and latest.loader_pass.has_ended
 
 
 def _warn_if_most_are_equal(values: NDArray[np.float64]) -> None:

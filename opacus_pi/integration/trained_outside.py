@@ -17,7 +17,11 @@ between nothing is done.
 
 *What breaks it.* Whether the change came from these gradients is not known: a schedule
 may also change a tensor. So the link is left unchecked, and not broken. Gradients that
-are cleared before an update (the generator's step of a GAN) are not judged. FSDP is not
+are cleared before an update (the generator's step of a GAN) are not judged. If the leaf
+of a noted pass is as it was when it gets gradients of a later pass, and has none then,
+those of the noted pass were cleared: a generator whose gradients of the discriminator's
+loss are cleared before its own step is not reported, unless the loop has copied them
+before, which is not seen. On an accelerator this is not recognised, and FSDP is not
 seen. The graph of a pass that begins neither in ``torch.autograd.backward`` nor in
 ``torch.autograd.grad`` cannot be followed; if such a pass is to be checked, the link is
 left unchecked. On an accelerator entries are compared when the ledger is read only, so
@@ -31,6 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from opacus_pi._torch_compat import (
     current_backward_pass,
@@ -78,6 +83,9 @@ class _Leaf:
         entries: Some of its entries.
         is_later: Whether the loss uses it after the outputs of the model, and not
             before.
+        number: The number of the backward pass.
+        handle: Removes the hook that looks for its next gradient.
+        is_cleared: Whether the gradient was cleared while the leaf was what it is here.
     """
 
     reference: weakref.ref[Tensor]
@@ -86,6 +94,9 @@ class _Leaf:
     address: int
     entries: Tensor
     is_later: bool
+    number: int
+    handle: RemovableHandle | None = None
+    is_cleared: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor, *, is_later: bool) -> "_Leaf":
@@ -95,14 +106,34 @@ class _Leaf:
             tensor: The leaf.
             is_later: As in the class.
         """
-        return cls(
+        leaf = cls(
             weakref.ref(tensor),
             tuple(tensor.shape),
             num_writes(tensor),
             tensor.data_ptr(),
             sampled_entries(tensor.detach()).clone(),
             is_later,
+            current_backward_pass(),
         )
+        if tensor.is_cpu:
+            hook = unserializable_hook(_GradientHook(leaf))
+            leaf.handle = tensor.register_hook(hook)
+        return leaf
+
+    def gets_gradient(self) -> None:
+        """Note whether the gradient of the pass was cleared before another is added."""
+        tensor = self.reference()
+        if tensor is None or current_backward_pass() == self.number:
+            return
+        self.forget()
+        if tensor.grad is None or not tensor.grad.any():
+            self.is_cleared = not self.has_changed(waits=True)
+
+    def forget(self) -> None:
+        """Remove the hook."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
 
     def has_changed(self, *, waits: bool) -> bool:
         """Return whether the leaf exists and is not what it was.
@@ -111,7 +142,7 @@ class _Leaf:
             waits: Whether entries on an accelerator are compared.
         """
         tensor = self.reference()
-        if tensor is None:
+        if tensor is None or self.is_cleared:
             return False
         return (
             num_writes(tensor) != self.writes
@@ -135,6 +166,28 @@ class _Leaf:
         if not (waits or entries.is_cpu):
             return False
         return not torch.equal(entries, self.entries)
+
+
+class _GradientHook:
+    """Tells a leaf that its tensor is about to get a gradient.
+
+    Copies and pickles do nothing.
+
+    Args:
+        leaf: Referred to weakly.
+    """
+
+    def __init__(self, leaf: _Leaf | None = None) -> None:
+        self._leaf = None if leaf is None else weakref.ref(leaf)
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Tell the leaf, if it is still noted."""
+        leaf = None if self._leaf is None else self._leaf()
+        if leaf is not None:
+            leaf.gets_gradient()
+
+    def __reduce__(self) -> tuple[type["_GradientHook"], tuple[()]]:
+        return _GradientHook, ()
 
 
 class TrainedOutside:
@@ -174,11 +227,13 @@ class TrainedOutside:
 
     def gradients_were_cleared(self) -> None:
         """Forget the passes whose gradients no update will use."""
+        _forget(self._pending)
         self._pending = []
 
     def update_was_made(self) -> None:
         """Record that an update has used the gradients of the passes before it."""
         if self._pending:
+            _forget(self._noted)
             self._noted, self._pending = self._pending, []
 
     def _compare(self, present: Sequence[_Leaf] | None = None) -> None:
@@ -196,6 +251,7 @@ class TrainedOutside:
                 or one.was_made_anew(present or ())
             ]
         if changed and not self._is_told:
+            _forget([*self._noted, *self._pending])
             self._is_told, self._noted, self._pending = True, [], []
             shapes = list(dict.fromkeys(one.shape for one in changed))
             more = ", ..." if len(shapes) > _NUM_SHAPES else ""
@@ -234,3 +290,9 @@ class TrainedOutside:
             for key, leaf in leaves.items()
             if is_plain(leaf) and leaf.numel()
         ]
+
+
+def _forget(leaves: Iterable[_Leaf]) -> None:
+    """Remove the hooks of leaves that are not compared any more."""
+    for leaf in leaves:
+        leaf.forget()

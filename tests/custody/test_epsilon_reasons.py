@@ -16,12 +16,12 @@ NOT_KNOWN = "It is not known whether it is a bound for this training. "
 NO_BOUND = "cannot be taken as a bound for this training. "
 
 
-def prepared(module=None, data=None, sampler=None, **options):
+def prepared(module=None, data=None, sampler=None, accountant="rdp", **options):
     torch.manual_seed(0)
     x, y = torch.randn(NUM, 4), torch.arange(NUM) % 3
     data = TensorDataset(x, y) if data is None else data
     model = nn.Sequential(nn.Linear(4, 3)) if module is None else module
-    engine = PrivacyEngine(accountant="rdp")
+    engine = PrivacyEngine(accountant=accountant)
     made = engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
@@ -197,3 +197,27 @@ def test_what_was_established_is_kept_with_a_saved_run():
 def test_without_a_broken_link_nothing_is_known_against_epsilon():
     assert Custody().epsilon_reason() == ("", False)
     assert Custody(num_samples=1000, num_unattributed=9).epsilon_reason()[0] == ""
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+def test_a_pass_of_the_loader_without_an_update_is_said(accountant):
+    engine, _, _, loader = prepared(accountant=accountant)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of the PRV accountant
+        warnings.simplefilter("error", UserWarning)
+        assert engine.get_epsilon(1e-5) == 0
+        next(iter(loader))
+        assert engine.get_epsilon(1e-5) == 0
+    other = nn.Linear(4, 3)
+    train(other, torch.optim.SGD(other.parameters(), lr=0.1), loader)
+    with pytest.warns(UserWarning, match="returned has made no update"):
+        assert engine.get_epsilon(1e-5) == 0
+
+
+def test_nothing_is_said_of_passes_before_the_first_update():
+    engine, model, optimizer, loader = prepared()
+    list(loader)
+    train(model, optimizer, loader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert engine.get_epsilon(1e-5) > 0

@@ -1,6 +1,8 @@
 """Tensors outside of the model that are trained on the raw gradients of its loss."""
 
+import copy
 import gc
+import pickle
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -215,6 +217,62 @@ def test_the_generator_of_a_gan_is_not_reported():
         F.softplus(-model(generator(torch.randn(8, 4)))).mean().backward()
         own.step()
     assert weights_link(engine).state == "checked"
+
+
+def clears(own, to_none):
+    own.zero_grad(set_to_none=to_none)
+
+
+def clears_after_a_step(own, to_none):
+    own.step()
+    own.zero_grad(set_to_none=to_none)
+
+
+def clears_after_a_write(own, to_none):
+    for p in own.param_groups[0]["params"]:
+        p.data -= 0.1 * p.grad
+    own.zero_grad(set_to_none=to_none)
+
+
+def accumulates(own, to_none):
+    pass
+
+
+def accumulates_in_another_tensor(own, to_none):
+    for p in own.param_groups[0]["params"]:
+        p.grad = None if p.grad is None else 0.5 * p.grad
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize(
+    ("before", "state"),
+    [
+        (clears, "checked"),
+        (clears_after_a_step, "unchecked"),
+        (clears_after_a_write, "unchecked"),
+        (accumulates, "unchecked"),
+        (accumulates_in_another_tensor, "unchecked"),
+    ],
+)
+def test_a_generator_is_reported_unless_its_gradients_were_cleared(
+    before, state, to_none
+):
+    critic = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, 1))
+    generator = nn.Linear(4, D)
+    own = torch.optim.Adam(generator.parameters(), lr=0.1)
+    engine, model, optimizer, _, loader = prepare(critic)
+    for x, _ in loader:
+        optimizer.zero_grad()
+        fake = generator(torch.randn(8, 4))  # without detach
+        (F.softplus(-model(x)) + F.softplus(model(fake))).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before(own, to_none)
+        F.softplus(-model(generator(torch.randn(8, 4)))).mean().backward()
+        own.step()
+    assert weights_link(engine).state == state
+    pickle.dumps(generator), copy.deepcopy(generator)
 
 
 @pytest.mark.parametrize("mode", MODES)
