@@ -7,7 +7,9 @@ code writes, such as a training loop that keeps a running mean of its batches, i
 here: buffers are noted when a forward pass ends, and compared when the next one begins
 and when results are read.
 
-Tensors that layers keep in other attributes are watched in the same way.
+Tensors that layers keep in other attributes are watched in the same way. Those that no
+forward pass reads and no state dict has, such as the state of a metric, are left out as
+soon as the probe has seen this (:mod:`~opacus_pi.custody.read_tensors`).
 
 The probe sees what one batch does to a buffer. It cannot see that a buffer keeps the
 largest activation of all batches, as observers do for quantisation: that of the probed
@@ -37,7 +39,7 @@ True
 """
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Set
 from typing import Any
 
 import torch
@@ -91,6 +93,8 @@ class BufferLink:
         schedules: Names of buffers of which it is known that forward passes change
             them by themselves, read when results are; None: what forward passes write
             is not reported.
+        unread: Names of tensors that no forward pass reads, as far as is known when it
+            is looked at; they are not watched.
 
     Attributes:
         handles: Remove the hooks that ``watch_buffers`` has put on the model.
@@ -98,7 +102,11 @@ class BufferLink:
     """
 
     def __init__(
-        self, model: nn.Module, chain: Chain, schedules: Collection[str] | None = None
+        self,
+        model: nn.Module,
+        chain: Chain,
+        schedules: Collection[str] | None = None,
+        unread: Set[str] = frozenset(),
     ) -> None:
         self.handles: tuple[RemovableHandle, ...] = ()
         self._chain = chain
@@ -113,7 +121,7 @@ class BufferLink:
         self._writes: list[int] = []
         self._snapshot = WeightSnapshot()
         self._is_in_pass = False
-        self._schedules = schedules
+        self._schedules, self._unread = schedules, unread
         self._written: set[str] = set()  # by forward passes in training mode
         self._first: dict[str, Tensor] | None = None  # entries before the first pass
         self.num_watched = len(self._places)
@@ -142,6 +150,7 @@ class BufferLink:
             is_training: Whether it was one in training mode.
         """
         self._is_in_pass = False
+        self._leave_out_unread()
         present = self._present()
         ids, writes = list(map(id, present.values())), list(present.values())
         if is_training and (ids, counts_of_writes(writes)) != (self._ids, self._writes):
@@ -177,7 +186,8 @@ class BufferLink:
         found = {
             name: tensor
             for name, (reference, table, key) in self._places
-            if (layer := reference()) is not None
+            if name not in self._unread
+            and (layer := reference()) is not None
             and isinstance(tensor := table(layer).get(key), Tensor)
             and tensor.grad_fn is None
         }
@@ -195,8 +205,24 @@ class BufferLink:
         self._writes = counts_of_writes(list(present.values()))
         self._snapshot.take()
 
+    def _leave_out_unread(self) -> None:
+        """Forget tensors of which it has become known that no forward pass reads them.
+
+        What torch does not count of writes to the others since the last pass is lost.
+        """
+        if self._unread.isdisjoint(self._noted):
+            return
+        noted = zip(self._noted.items(), self._writes, strict=True)
+        kept = [(*pair, num) for pair, num in noted if pair[0] not in self._unread]
+        self._noted = {name: tensor for name, tensor, _ in kept}
+        self._ids = [id(tensor) for _, tensor, _ in kept]
+        self._writes = [num for *_, num in kept]
+        self._snapshot.watch(self._noted.values())
+        self._snapshot.take()
+
     def _compare(self) -> None:
         """Leave the link unchecked if buffers are not as they were noted."""
+        self._leave_out_unread()
         noted, present = self._noted, self._present()
         if not noted or not present or self._is_in_pass:
             return
@@ -284,7 +310,10 @@ class _PassHook:
 
 
 def watch_buffers(
-    model: nn.Module, chain: Chain, schedules: Collection[str] | None = None
+    model: nn.Module,
+    chain: Chain,
+    schedules: Collection[str] | None = None,
+    unread: Set[str] = frozenset(),
 ) -> BufferLink | None:
     """Watch a model's buffers from its next forward pass on.
 
@@ -293,6 +322,7 @@ def watch_buffers(
             one is a copy of, are removed.
         chain: The chain of custody of the run.
         schedules: As for ``BufferLink``.
+        unread: As for ``BufferLink``.
 
     Returns:
         What the hooks report to, for the caller to keep: they refer to it weakly. None
@@ -300,7 +330,7 @@ def watch_buffers(
     """
     for table in (forward_pre_hooks(model), forward_hooks(model)):
         remove_hooks(table, _PassHook)
-    link = BufferLink(model, chain, schedules)
+    link = BufferLink(model, chain, schedules, unread)
     if not link.num_watched:
         return None
     link.handles = (

@@ -71,6 +71,7 @@ from opacus_pi.custody.probed_call import (
     num_examples,
     rounding_of,
 )
+from opacus_pi.custody.read_tensors import unread_tensors
 from opacus_pi.custody.separable_layers import separable_by_construction
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.models.batches import tensors_of
@@ -626,6 +627,7 @@ class ModelProbe:
         changed_buffers: Names of buffers that the probed passes changed. If these
             depended on the examples, the finding was "broken".
         rows_are_examples: As for ``probe_separability``.
+        unread: Names of the tensors that no probed pass has read (``read_tensors``).
     """
 
     model: weakref.ref[nn.Module]
@@ -633,6 +635,7 @@ class ModelProbe:
     layers_in_order: bool = False
     changed_buffers: set[str] = field(default_factory=set)
     rows_are_examples: bool = False
+    unread: set[str] = field(default_factory=set)
     _seen: set[Any] = field(init=False, default_factory=set)
     _waiting: Callable[[], Finding] | None = field(init=False, default=None)
     _layers: list[weakref.ref[nn.Module]] = field(init=False, default_factory=list)
@@ -669,6 +672,7 @@ class ModelProbe:
 
         def probe() -> Finding:
             dim = self.batch_dim
+            self._note_unread(ProbedCall(model, args, kwargs, dim, size, autocast))
             if separable_by_construction(model, args, kwargs, batch_dim=dim):
                 return Finding("checked", "Every layer treats each example alone.")
             return probe_separability(
@@ -683,6 +687,19 @@ class ModelProbe:
             )
 
         self._waiting = probe
+
+    def _note_unread(self, call: ProbedCall) -> None:
+        """Note which tensors no probed pass has read.
+
+        Args:
+            call: A call of the model.
+        """
+        with no_trace():
+            unread = unread_tensors(call)
+        if len(self._seen) > 1:
+            self.unread &= unread
+        else:
+            self.unread |= unread
 
     def _kind(
         self, model: nn.Module, tensors: Sequence[Tensor], size: int

@@ -13,8 +13,8 @@ of NumPy's that is a global variable.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -189,11 +189,16 @@ class ProbedCall:
         found = self.run()
         return found.outputs, found.random_state
 
-    def run(self, before: "ProbedCall | None" = None) -> "ProbedRun":
+    def run(
+        self,
+        before: "ProbedCall | None" = None,
+        watch: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext,
+    ) -> "ProbedRun":
         """Run a new copy of the model, always from the same random state.
 
         Args:
             before: A call that the same copy gets before this one.
+            watch: Returns for the copy the context in which it is called.
         """
         model = same_mode_copy(self.model)
         model = model.double() if self.is_float64 else model
@@ -213,7 +218,8 @@ class ProbedCall:
             layers: list[LayerRows] = []
             watch_rows(model, self.model, self.batch_dim, layers)
             first, first_of_others = _random_state(), _other_states(model)
-            outputs = model(*self.args, **self.kwargs)
+            with watch(model):
+                outputs = model(*self.args, **self.kwargs)
             state = _random_state()
             has_drawn = not torch.equal(first, state)
             has_drawn |= own.were_used or first_of_others != _other_states(model)

@@ -10,7 +10,7 @@ update.
 """
 
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -341,6 +341,7 @@ class OutsideChanges:
         were_others: Returns whether the update under way has gradients of other
             weights. Default: it has not.
         schedules: As for ``BufferLink``.
+        unread: As for ``BufferLink``.
         forget_passes: Forgets forward passes, if weights are compared in them.
     """
 
@@ -351,6 +352,7 @@ class OutsideChanges:
         snapshot: WeightSnapshot,
         were_others: Callable[[], bool] = bool,
         schedules: Collection[str] | None = None,
+        unread: Set[str] = frozenset(),
         forget_passes: Callable[[], None] = lambda: None,
     ) -> None:
         self._forget_passes = forget_passes
@@ -358,7 +360,7 @@ class OutsideChanges:
         self._chain, self._snapshot = chain, snapshot
         self._weights = WeightsLink(chain, snapshot, were_others)
         self._buffers: BufferLink | None = None
-        self._schedules = schedules
+        self._schedules, self._unread = schedules, unread
         self._first: FirstWeights | None = None
         self._noised = NoisedSteps(chain)
         self._last_hook: RemovableHandle | None = None
@@ -387,7 +389,8 @@ class OutsideChanges:
         watched = [*optimizer.params, *others]
         self._snapshot.watch(watched)
         self._first = FirstWeights(watched, self._chain)
-        self._buffers = watch_buffers(module, self._chain, self._schedules)
+        chain, known = self._chain, (self._schedules, self._unread)
+        self._buffers = watch_buffers(module, chain, *known)
         self._chain.keep_while(unwrap(module), self._weights, self._buffers)
         for handle in () if self._buffers is None else self._buffers.handles:
             keep_handle(module, handle)

@@ -361,6 +361,7 @@ class PreparedRun:
                 self.snapshot,
                 passes.were_others,
                 None if probe is None else probe.changed_buffers,
+                frozenset() if probe is None else probe.unread,
                 passes.forget,
             )
         return update

@@ -262,3 +262,127 @@ def test_nothing_is_said_if_the_user_declares_the_model():
         module(torch.randn(4, 5))
         link.after_pass(is_training=True)
     assert not chain.doubts()
+
+
+class Holder(nn.Module):
+    """Holds a tensor, as a metric does."""
+
+    def __init__(self, kind):
+        super().__init__()
+        if kind == "attribute":
+            self.state = torch.zeros(5)
+        else:
+            self.register_buffer("state", torch.zeros(5), persistent=kind == "saved")
+
+    def add(self, x):
+        self.state = self.state + x.sum(0)
+
+    def add_in_place(self, x):
+        self.state += x.sum(0)
+
+
+def not_read(state, x, is_training):
+    return x
+
+
+def read(state, x, is_training):
+    return x - state
+
+
+def read_in_evaluation(state, x, is_training):
+    return x if is_training else x - state
+
+
+def read_as_a_number(state, x, is_training):
+    return x - float(state[0])
+
+
+def read_by_numpy(state, x, is_training):
+    return x - torch.from_numpy(state.numpy())
+
+
+def read_as_data(state, x, is_training):
+    return x - state.data
+
+
+def read_by_normalisation(state, x, is_training):
+    return nn.functional.batch_norm(x, state, torch.ones(5))
+
+
+class Measured(nn.Module):
+    """A linear layer beside a held tensor."""
+
+    def __init__(self, use, kind):
+        super().__init__()
+        self.use, self.held, self.linear = use, Holder(kind), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.linear(self.use(self.held.state, x, self.training))
+
+
+def link_of(module, add):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(24, 5), torch.randint(0, 3, (24,)))
+    engine = PrivacyEngine()
+    model, optimizer, loader = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(data, 6),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        add(module.held, x)
+        loss.backward()
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return weights_link(engine)
+
+
+READS = [
+    read,
+    read_in_evaluation,
+    read_as_a_number,
+    read_by_numpy,
+    read_as_data,
+    read_by_normalisation,
+]
+
+
+@pytest.mark.parametrize("add", [Holder.add, Holder.add_in_place])
+@pytest.mark.parametrize("kind", ["attribute", "not saved"])
+def test_the_state_of_a_metric_is_not_reported(kind, add):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Full backward hook|This run|Secure RNG")
+        assert link_of(Measured(not_read, kind), add).state == "checked"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("add", [Holder.add, Holder.add_in_place])
+@pytest.mark.parametrize(
+    ("use", "kind"),
+    [(not_read, "saved"), *[(r, k) for r in READS for k in ("attribute", "not saved")]],
+)
+def test_a_tensor_that_is_saved_or_read_in_any_way_is_reported(use, kind, add):
+    link = link_of(Measured(use, kind), add)
+    assert link.state == "unchecked"
+    assert "The buffer 'held.state' of the model was changed" in link.sentence
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_write_to_a_read_tensor_is_reported_beside_a_metric():
+    module = Measured(not_read, "attribute")
+    module.register_buffer("mean", torch.zeros(5))
+
+    def add(held, x):
+        held.add(x)
+        module.mean += x.mean(0)
+
+    link = link_of(module, add)
+    assert "The buffer 'mean' of the model was changed" in link.sentence
+    assert "held.state" not in link.sentence
