@@ -81,11 +81,11 @@ _APPROXIMATE = (
     'For a bound, use PrivacyEngine(accountant="rdp") or "prv".'
 )
 _NO_UPDATE = (
-    "get_epsilon returns 0: the optimizer that make_private returned has made no update, "
-    "although the loader has delivered a whole pass of batches. If a model was trained "
-    "with these batches, it was not trained privately: train the model and the "
-    "optimizer that make_private returned. If training has not begun, nothing needs to "
-    "be done."
+    "get_epsilon returns 0: the optimizer that make_private returned has made no "
+    "update, although the loader has delivered a whole pass of batches. If a model was "
+    "trained with these batches, it was not trained privately: train the model with "
+    "the optimizer that make_private returned. If training has not begun, nothing "
+    "needs to be done."
 )
 _NO_LEDGER = (
     "get_epsilon returns Opacus's number. It is not known whether it is a bound for "

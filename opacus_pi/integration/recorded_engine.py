@@ -290,8 +290,8 @@ class RecordedEngine(Shown, OpacusEngine):
         """Return Opacus's epsilon, which assumes Poisson sampling; 0 before training.
 
         Warns if batches were not drawn by Poisson sampling, if a link of the chain of
-        custody is broken, if the accountant did not count every update, or if the loader
-        was used for a whole pass without an update.
+        custody is broken, if the accountant did not count every update, or if the
+        loader was used for a whole pass without an update.
 
         Args:
             delta: Failure probability, in (0, 1).
