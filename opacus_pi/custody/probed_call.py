@@ -192,7 +192,7 @@ class ProbedCall:
     def run(
         self,
         before: "ProbedCall | None" = None,
-        watch: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext,
+        watch: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     ) -> "ProbedRun":
         """Run a new copy of the model, always from the same random state.
 
