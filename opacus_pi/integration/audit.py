@@ -91,10 +91,12 @@ _OTHER_NUMBER = (
 _NO_NORMS = "There are no norms to compare."
 _NO_LOSS = "There is no finite loss to compare."
 _NOT_REPEATABLE = (
-    "{what} returns other values when it is called again on the same examples: it "
-    "draws random numbers, or it counts its calls. An example alone then has another "
-    "gradient than in a batch, so the norms could not be compared. Switch the random "
-    "numbers or the counting off for the audit."
+    "{what} returns other values when it is called again on the same examples. Either "
+    "it draws random numbers, or it keeps a state, such as a count of its calls or a "
+    "running mean of its inputs. An example alone then has another gradient than in a "
+    "batch, so the norms could not be compared. Switch random numbers or a count off "
+    "for the audit. Remove a state that is computed from inputs: through it, examples "
+    "of earlier batches act on later outputs without clipping and without noise."
 )
 _NOT_FINITE = (
     "The gradient of {which} alone is infinite or NaN, and those of the other "

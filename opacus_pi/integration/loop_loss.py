@@ -172,7 +172,10 @@ _NO_TARGETS = (
     '"labels", so its targets are not known.'
 )
 _NOT_REPEATABLE = (
-    "a copy of the model gave other outputs for the same inputs and random numbers."
+    "a copy of the model gave other outputs for the same inputs and random numbers, as "
+    "a model does that keeps a state outside its parameters and buffers. If the state "
+    "is computed from inputs, such as a running mean, examples of earlier batches act "
+    "on later outputs without clipping and without noise: remove it."
 )
 _NOT_RUN = "a copy of the model could not be trained: {error}."
 

@@ -385,8 +385,9 @@ class RecordedEngine(Shown, OpacusEngine):
         Args:
             restore_rng: Whether to restore the states of all generators (``random``,
                 numpy, torch, CUDA, those of loader, sampler and noise), the position in
-                the epoch, and the noise multiplier and clip norm that schedules had
-                reached. Call ``make_private`` or ``make_monitored`` first.
+                the epoch, and the noise multiplier and clip norm of the saved run, as
+                schedules had left them, in place of those that ``make_private`` was
+                given. Call ``make_private`` or ``make_monitored`` first.
             **options: Options of Opacus: ``path``, ``module``, ``optimizer``, and more.
 
         Returns:

@@ -365,6 +365,30 @@ def reason_of_the_loss(engine, model, optimizer, loader):
     return {k.name: k.sentence for k in engine.ledger.custody.unchecked}["loss"]
 
 
+class Centred(nn.Module):
+    """Subtracts a running mean of its inputs, which it keeps in Python floats."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.mean = net(), [0.0]
+
+    def forward(self, x):
+        outputs = self.net(x - self.mean[0])
+        self.mean = [0.9 * self.mean[0] + 0.1 * float(x.mean())]
+        return outputs
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_state_of_earlier_batches_is_named_as_a_reason():
+    engine, parts = prepared(model=Centred())
+    loss = reason_of_the_loss(engine, *parts)
+    links = engine.ledger.custody.unchecked
+    (norm,) = [link.sentence for link in links if link.name == "norm"]
+    for reason in (norm, loss):
+        assert "such as a" in reason and "running mean" in reason
+        assert "without noise" in reason
+
+
 def test_norms_of_sweeps_say_nothing_about_the_loss_of_the_loop():
     recorder = Recorder("swept", criterion=nn.CrossEntropyLoss())
     engine, parts = prepared(recorder=recorder)

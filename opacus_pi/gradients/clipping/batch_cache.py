@@ -174,7 +174,10 @@ class BatchCache:
             empty = {p: p.new_zeros(0, p.numel()) for p in wanted}
             return {p: ExplicitGradients(values) for p, values in empty.items()}
         formed = self._form_incomplete(wanted, model)
-        return {p: formed[p] if p in formed else self._sum(p, model) for p in wanted}
+        found = {p: formed[p] if p in formed else self._sum(p, model) for p in wanted}
+        if formed:
+            self._note_remainders(formed, found)
+        return found
 
     def release(self) -> None:
         """Free everything but the size and the remainders."""
@@ -189,12 +192,8 @@ class BatchCache:
 
     def _form_incomplete(
         self, wanted: list[nn.Parameter], model: nn.Module
-    ) -> dict[nn.Parameter, ExampleGradients]:
+    ) -> dict[nn.Parameter, ExplicitGradients]:
         """Form gradients of parameters that taps have not intercepted everywhere.
-
-        The parts that taps did not intercept were summed up by autograd. The expected
-        sum is noted, and :meth:`TrainingTaps.require_complete` compares it with
-        autograd's.
 
         Args:
             wanted: The trained parameters.
@@ -209,14 +208,29 @@ class BatchCache:
         if not incomplete:
             return {}
         formed = self._through_the_model(incomplete, model)
+        return {p: ExplicitGradients(formed[name]) for name, p in incomplete.items()}
+
+    def _note_remainders(
+        self,
+        formed: Mapping[nn.Parameter, ExplicitGradients],
+        found: Mapping[nn.Parameter, ExampleGradients],
+    ) -> None:
+        """Note the sums that autograd must have of what taps have not intercepted.
+
+        :meth:`TrainingTaps.require_complete` compares them with autograd's.
+
+        Args:
+            formed: The gradients that were formed by running the model again.
+            found: The gradients of all trained parameters.
+        """
+        whole = example_norms(found.values()).sum()
         ones = torch.ones(self.size)
-        for name, parameter in incomplete.items():
+        for parameter, gradients in formed.items():
             factors = ones.to(parameter)
             parts = [part.weighted_sum(factors) for part in self._parts[parameter]]
             self.remainders[parameter] = expected_remainder(
-                formed[name], parts, self._rounding
+                gradients.values, parts, self._rounding, whole
             )
-        return {p: ExplicitGradients(formed[name]) for name, p in incomplete.items()}
 
     def _through_the_model(
         self, parameters: dict[str, nn.Parameter], model: nn.Module

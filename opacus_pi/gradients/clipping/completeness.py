@@ -7,8 +7,10 @@ would drop silently.
 
 The idea: the parameter was not frozen, so autograd has accumulated a sum. It must equal
 the *remainder*: the sum over examples of their whole gradients, minus the parts that
-taps intercepted. The guarantee: a difference above rounding raises an error. What
-breaks it: a part of the loss smaller than the rounding.
+taps intercepted. The guarantee: a difference above rounding raises an error. Where the
+terms of a parameter's gradient cancel, such as those of a bias before a softmax, only
+rounding is left of them, so the rounding is also measured by the examples' whole
+gradients. What breaks it: a part of the loss smaller than the rounding.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -46,7 +48,7 @@ class Remainder:
 
 
 def expected_remainder(
-    formed: Tensor, intercepted: Iterable[Tensor], rounding: float
+    formed: Tensor, intercepted: Iterable[Tensor], rounding: float, whole: Tensor
 ) -> Remainder:
     """Return the sum that autograd must have for one parameter and one batch.
 
@@ -54,14 +56,18 @@ def expected_remainder(
         formed: Each example's whole gradient, ``(b, *shape)``.
         intercepted: Sums over examples of parts of it, in the parameter's order.
         rounding: The value of ``autocast_rounding()`` when the model was called.
+        whole: The sum over examples of the norms of their gradients by all trained
+            parameters, a scalar.
     """
     rows = formed.flatten(1) if formed.dim() > 1 else formed[:, None]
     total = formed.sum(0)
     for part in intercepted:
         total = total - part.view_as(total)
-    least = 1e-3 if formed.device.type == "cpu" else 1e-2
-    tolerance = max(least, 16 * max(rounding, torch.finfo(formed.dtype).eps))
-    return Remainder(total, tolerance * rows.norm(dim=1).sum())
+    of_own, of_whole = (1e-3, 1e-5) if formed.device.type == "cpu" else (1e-2, 1e-2)
+    least = 16 * max(rounding, torch.finfo(formed.dtype).eps)
+    own = rows.norm(dim=1).sum()
+    tolerance = max(of_own, least) * own + max(of_whole, least) * whole.to(own)
+    return Remainder(total, tolerance)
 
 
 def autocast_rounding() -> float:
