@@ -35,7 +35,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.grad_sample import (
+    AbstractGradSampleHooks,
+    GradSampleHooksFastGradientClipping,
+)
 from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -87,19 +90,24 @@ def layers_opacus_gets_wrong(
         hooks: What ``make_private`` returned for the model.
 
     Yields:
-        The reason, and whether it shows that ε is no bound. A gradient that is wrong,
-        but computed from one example, is clipped like a right one.
+        The reason, and whether it shows that ε is no bound. Outside of ghost clipping
+        a gradient that is wrong, but computed from one example, is clipped like a
+        right one.
     """
+    is_ghost = _clips_other_gradients(hooks)
     for name, layer in _trainable_layers(hooks):
         for kind, rule in _OPTIONS.items():
             if isinstance(layer, kind):
                 for what, remedy in rule(layer):
-                    yield _reason(name, layer, what, remedy), _WRITES in what
+                    yield (
+                        _reason(name, layer, what, remedy),
+                        is_ghost or _WRITES in what,
+                    )
     for name, layer in module_of(hooks).named_modules():
         count = num_captures(layer)
         if count > 1:
             what = _SEVERAL_PARENTS.format(count, count)
-            yield _reason(name, layer, what, _ONE_PARENT), False
+            yield _reason(name, layer, what, _ONE_PARENT), is_ghost
 
 
 def watch_inputs(hooks: AbstractGradSampleHooks, chain: Chain) -> None:
@@ -110,14 +118,25 @@ def watch_inputs(hooks: AbstractGradSampleHooks, chain: Chain) -> None:
             these, too. A second call replaces the chain.
         chain: Its link ``"norm"`` breaks when there is a reason; referred to weakly.
     """
+    is_ghost = _clips_other_gradients(hooks)
     for name, layer in _trainable_layers(hooks):
         table = forward_hooks(layer)
         remove_hooks(table, _InputCheck)
         for kind, check in _INPUTS.items():
             if isinstance(layer, kind) and _needs_check(layer):
-                hook = _InputCheck(name, check, chain)
+                rules_out = is_ghost or check is _check_packed
+                hook = _InputCheck(name, check, chain, rules_out_epsilon=rules_out)
                 handle = layer.register_forward_hook(hook, with_kwargs=True)
                 keep_handle(module_of(hooks), handle)
+
+
+def _clips_other_gradients(hooks: AbstractGradSampleHooks) -> bool:
+    """Return whether a mode clips the true gradients by norms that may be wrong.
+
+    Args:
+        hooks: What ``make_private`` returned for the model.
+    """
+    return isinstance(hooks, GradSampleHooksFastGradientClipping)
 
 
 def _trainable_layers(
@@ -194,6 +213,7 @@ class _InputCheck:
             takes what was found and the remedy. It may call that at once, or in the
             backward pass.
         chain: Its link breaks.
+        rules_out_epsilon: Whether what is found shows that ε is no bound.
     """
 
     def __init__(
@@ -201,8 +221,11 @@ class _InputCheck:
         name: str = "",
         check: Callable[..., None] | None = None,
         chain: Chain | None = None,
+        *,
+        rules_out_epsilon: bool = True,
     ) -> None:
         self._name, self._check = name, check
+        self._rules_out_epsilon = rules_out_epsilon
         self._chain = None if chain is None else weakref.ref(chain)
 
     def __call__(
@@ -223,8 +246,8 @@ class _InputCheck:
         def found(what: str, remedy: str) -> None:
             self._check = None  # the first reason is enough
             reason = _reason(name, layer, what, remedy)
-            is_mixed = check is _check_packed
-            chain.break_link("norm", reason, rules_out_epsilon=is_mixed)
+            rules_out = self._rules_out_epsilon
+            chain.break_link("norm", reason, rules_out_epsilon=rules_out)
 
         check(layer, args, kwargs, out, found)
 

@@ -92,6 +92,21 @@ def padded_words():
     return words(padding_idx=0)
 
 
+def padded_words_in_ghost_clipping():
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randint(0, 9, (NUM, 5)), torch.arange(NUM) % 3)
+    module = nn.Sequential(nn.Embedding(9, 4, padding_idx=0), nn.Flatten())
+    module.append(nn.Linear(20, 3))
+    engine, model, optimizer, criterion, loader = prepared(
+        module, data, grad_sample_mode="ghost", criterion=nn.CrossEntropyLoss()
+    )
+    for x, y in loader:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    return engine
+
+
 def rescaled_words():
     return words(max_norm=1.0)
 
@@ -136,6 +151,7 @@ ESTABLISHED = {
     a_sampler_of_weights: NO_BOUND,  # with replacement: an example twice in a batch
     a_method_of_its_own: NOT_KNOWN,
     padded_words: NOT_KNOWN,
+    padded_words_in_ghost_clipping: NO_BOUND,
     rescaled_words: NO_BOUND,
     twice: NO_BOUND,
     layers_only_and_twice: NO_BOUND,
