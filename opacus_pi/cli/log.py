@@ -1,8 +1,8 @@
 """``opacus-pi log``: keep the deletion log of a model, without carrying anything out.
 
-Each action is a call of the library: ``DeletionRequests.submit`` and ``redact``,
-``list_requests`` and ``export_log``. No action prints a key, and only ``submit`` makes
-a log that does not exist.
+Each action is a call of the library: ``DeletionRequests.submit``, ``withdraw`` and
+``redact``, ``list_requests`` and ``export_log``. No action prints a key, and only
+``submit`` makes a log that does not exist.
 """
 
 import argparse
@@ -199,6 +199,7 @@ def _list(options: argparse.Namespace) -> None:
         for name, state in (
             ("pending", "pending"),
             ("carried_out", "carried out"),
+            ("withdrawn", "withdrawn"),
             ("redacted", "redacted"),
         )
     }
@@ -223,7 +224,9 @@ def _list_text(
     of = "" if options.person is None else f" of {options.person}"
     first = (
         f"Requests{of} in {options.log}: {facts['num_pending']} pending, "
-        f"{facts['num_carried_out']} carried out, {facts['num_redacted']} redacted."
+        f"{facts['num_carried_out']} carried out, {facts['num_redacted']} redacted"
+        + f", {facts['num_withdrawn']} withdrawn" * bool(facts["num_withdrawn"])
+        + "."
     )
     rows = [
         [
@@ -362,7 +365,7 @@ def _kept_text(kept: Sequence[int]) -> str:
 def _entries_of(
     options: argparse.Namespace, rows: Sequence[ListedRequest], log: DeletionLog
 ) -> tuple[list[int], list[int]]:
-    """Return the entries to disclose: requests, their runs, and on demand the last run.
+    """Return the entries to disclose: requests, what was done, on demand the last run.
 
     Args:
         options: With the names of the requests, and whether to disclose the last run.
@@ -385,9 +388,8 @@ def _entries_of(
                 "was redacted. 'opacus-pi log list' shows the names."
             )
         row = by_name[name]
-        shown.add(row.entry)
-        if row.done_entry is not None:
-            shown.add(row.done_entry)
+        ends = row.done_entry, row.withdrawal_entry
+        shown |= {row.entry, *(number for number in ends if number is not None)}
     entries = [*log.entries()]
     if options.last_run:
         done = [e for e in entries if e.kind == "done" and not e.redacted]
@@ -401,11 +403,24 @@ def _entries_of(
     return sorted(shown - kept), sorted(kept)
 
 
+def _withdraw(options: argparse.Namespace) -> None:
+    """Withdraw a request that is pending."""
+    requests, rows = _requests(options)
+    requests.withdraw(options.request_id, options.reason)
+    (row,) = (r for r in _listed(options) if r.entry == rows[options.request_id].entry)
+    facts = {"withdrawn": _facts_of(row), "head": requests.log.head}
+    text = (
+        f"Request {row.request_id} is withdrawn (entry {row.withdrawal_entry} of "
+        f"{options.log}): no run will carry it out. The log keeps both entries; "
+        "'opacus-pi log redact' removes its name, its person and its examples.\n"
+        f"{_KEEP_HEAD}\n{facts['head']}"
+    )
+    _answer(options, facts, text)
+
+
 def _redact(options: argparse.Namespace) -> None:
-    """Remove what the log says about a request that was carried out."""
-    rows = {row.request_id: row for row in _opened(options)[1]}
-    size, _ = training_set_in(read_entries(options.log))
-    requests = DeletionRequests(options.log, size or ANY_NUMBER)
+    """Remove what the log says about a request that was carried out or withdrawn."""
+    requests, rows = _requests(options)
     requests.redact(options.request_id, options.reason)
     facts = {"redacted": rows[options.request_id].entry, "head": requests.log.head}
     text = (
@@ -416,6 +431,19 @@ def _redact(options: argparse.Namespace) -> None:
         f"{_KEEP_HEAD}\n{facts['head']}"
     )
     _answer(options, facts, text)
+
+
+def _requests(
+    options: argparse.Namespace,
+) -> tuple[DeletionRequests, dict[str | None, ListedRequest]]:
+    """Return the requests of an existing log, and what is listed of them by name.
+
+    Raises:
+        BadInput: As ``_listed``.
+    """
+    rows = {row.request_id: row for row in _opened(options)[1]}
+    size, _ = training_set_in(read_entries(options.log))
+    return DeletionRequests(options.log, size or ANY_NUMBER), rows
 
 
 def _opened(options: argparse.Namespace) -> tuple[DeletionLog, list[ListedRequest]]:
@@ -453,9 +481,11 @@ def _facts_of(row: ListedRequest) -> dict[str, Any]:
 def _state(row: Mapping[str, Any]) -> str:
     """Return the state of a request in words, with the time of the entry that says so.
 
-    A request that was redacted was carried out before, by an entry of its own.
+    A request that was redacted was carried out or withdrawn before, by an entry of its
+    own.
     """
-    event = "redaction" if row["state"] == "redacted" else "done"
+    events = {"redacted": "redaction", "withdrawn": "withdrawal"}
+    event = events.get(row["state"], "done")
     time, entry = row[f"{event}_time"], row[f"{event}_entry"]
     if time is None:
         return str(row["state"])
@@ -476,6 +506,7 @@ def _answer(options: argparse.Namespace, facts: Mapping[str, Any], text: str) ->
 _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "submit": _submit,
     "list": _list,
+    "withdraw": _withdraw,
     "export": _export,
     "redact": _redact,
 }

@@ -108,13 +108,35 @@ head that was noted before.""",
         JSON,
     ),
 )
+WITHDRAW = Command(
+    summary="withdraw a pending request, such as one that was a mistake",
+    usage="LOG --request-id NAME [options]",
+    description="""\
+Withdraw a request that is pending: no run will carry it out. The log keeps the
+request, and gets an entry that says that it was withdrawn, when and why. Its
+name cannot be used again. What was carried out cannot be withdrawn.""",
+    examples="""\
+  opacus-pi log withdraw deletions.db --request-id 2026-001 \\
+      --reason "wrong positions\"""",
+    arguments=(
+        _FILE,
+        REQUEST_ID.but(help="name of the request", required=True),
+        option(
+            "--reason",
+            "TEXT",
+            "why, to be stored in the log: no person's name",
+            default="",
+        ),
+        JSON,
+    ),
+)
 REDACT = Command(
-    summary="remove what the log says about a request that was carried out",
+    summary="remove what the log says about a request that is not pending",
     usage="LOG --request-id NAME [options]",
     description="""\
 Remove the name, the person and the examples of a request from the log, for
-good. The request must have been carried out. That there was one, and when it
-was carried out, stays in the log. Copies and exports of the log and the records
+good. The request must have been carried out or withdrawn. That there was one,
+and when that was, stays in the log. Copies and exports of the log and the records
 of runs are not changed: remove them yourself. This cannot be undone.
 
 Once two requests are redacted, the log cannot tell their examples apart: from
@@ -131,12 +153,18 @@ redacted request shares examples with a later one, erase the files of both.""",
     ),
 )
 LOG_COMMAND = Command(
-    summary="enter, list, export and redact deletion requests",
+    summary="enter, list, withdraw, export and redact deletion requests",
     usage="ACTION LOG [options]",
     description="""\
 Keep the deletion log of a model without carrying anything out. 'opacus-pi
 unlearn --log' carries requests out, and 'opacus-pi verify' checks a log.""",
     examples="""\
   opacus-pi log list deletions.db""",
-    actions={"submit": SUBMIT, "list": LIST, "export": EXPORT, "redact": REDACT},
+    actions={
+        "submit": SUBMIT,
+        "list": LIST,
+        "withdraw": WITHDRAW,
+        "export": EXPORT,
+        "redact": REDACT,
+    },
 )

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.owners import Owned
-from opacus_pi.unlearning.requests import DeletionRequests
+from opacus_pi.unlearning.requests import DeletionRequests, withdraw_first
 
 _OF_POSITIONS = "ids-"  # begins the name of a request that was given none
 _PENDING = (
     "{log} has the request already, and it is pending ({names}). Repeat the command "
-    "without the error to carry it out."
+    "without the error to carry it out, or take it back with 'opacus-pi log withdraw'."
 )
 
 
@@ -80,6 +80,8 @@ def submit(
 
 def _earlier(requests: DeletionRequests, forget: NDArray[np.int64]) -> str | None:
     """Return the name of an earlier request that was given none, for these examples.
+
+    A request that was withdrawn does not count.
 
     So the same command, repeated after a crash, does not enter a second request. The
     name itself is random: anyone could guess the examples of a hash, and try it.
@@ -153,6 +155,6 @@ def _submit_for(
     if request not in requests.submitted_by(person):
         raise BadInput(
             f"--request-id: {name} was submitted before, but not for this person. Use "
-            "another name."
+            f"another name.{withdraw_first(requests, name)}"
         )
     return name

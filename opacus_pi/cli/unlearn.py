@@ -3,7 +3,7 @@
 The order of the steps is the point. Everything that can be wrong with the arguments is
 checked first: settings, data sets, ids, weights, and whether the ledgers are of these
 weights. Only then is the request entered in the deletion log, because an entry cannot
-be taken back. Then the library unlearns, and at last the result directory gets its
+be removed. Then the library unlearns, and at last the result directory gets its
 name.
 
 With ``--checkpoints`` nothing is fine-tuned: the library goes back to a saved state of

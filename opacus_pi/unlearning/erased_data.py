@@ -35,6 +35,7 @@ from opacus_pi.unlearning.deletion_log import Entry
 
 TRAINING_SET = "training set"  # kind of an entry: fingerprint and length
 REMAINING = "remaining"  # kind of an entry; the payload of ``what_remains``
+WITHDRAWAL = "withdrawal"  # kind of an entry: number of a request, and why
 _REMEDY = (
     "Pass the training set as it was, or without exactly the examples that were "
     "forgotten: the others in their old order, or all in their old places with "
@@ -98,6 +99,8 @@ def remaining_in(
             done.update(payload.get("requests", ()))
             latest = facts_of_remaining(entry) or latest
             runs.append((latest, frozenset(done)))
+        elif entry.kind == WITHDRAWAL:
+            rows.pop(payload.get("request", -1), None)
         elif entry.kind == REMAINING:
             latest = facts_of_remaining(entry)
     found: list[Remaining] = []

@@ -30,9 +30,9 @@ def requested_indices(
 ) -> NDArray[np.int64]:
     """Return every example that a log's requests ask to forget, done or pending.
 
-    No file is changed. The examples of redacted requests are known from the weights
-    file beside the log. If that file honours requests that the log does not have, the
-    log's last entries were removed.
+    Requests that were withdrawn do not count. The examples of redacted requests are
+    known from the weights file beside the log. If that file honours requests that the
+    log does not have, the log's last entries were removed. No file is changed.
 
     Args:
         path: The deletion log.
@@ -49,8 +49,9 @@ def requested_indices(
             weights.
     """
     found, stored = requests_with_weights(path, num_examples, data_set)
-    named = {i for r in found.submitted.values() if r is not None for i in r.indices}
-    if None in found.submitted.values():
+    valid = found.valid.values()
+    named = {i for r in valid if r is not None for i in r.indices}
+    if None in valid:
         weights = weights_path_of(os.path.realpath(path))
         expect(
             weights.exists(),

@@ -30,6 +30,7 @@ from opacus_pi.unlearning.deletion_log import (
     writing,
 )
 from opacus_pi.unlearning.entry_checks import payload_text, plain_name
+from opacus_pi.unlearning.erased_data import WITHDRAWAL
 from opacus_pi.unlearning.honouring_weights import weights_path_of
 from opacus_pi.unlearning.logged_runs import to_be_logged
 from opacus_pi.unlearning.user_names import UserNames
@@ -47,7 +48,7 @@ _FIELDS = {
 }
 _REFUSED = "refused"
 _KINDS_OF_REQUESTS = ("request", "done")
-_OWN_KINDS = ("redaction", _REFUSED)
+_OWN_KINDS = ("redaction", WITHDRAWAL, _REFUSED)
 
 
 def import_log(

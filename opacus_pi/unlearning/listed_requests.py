@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opacus_pi.unlearning.deletion_log import REDACTION, Entry, read_entries
+from opacus_pi.unlearning.erased_data import WITHDRAWAL
 from opacus_pi.unlearning.honoured_requests import requests_with_weights
 from opacus_pi.unlearning.request_entries import Requests, training_set_in
 from opacus_pi.unlearning.user_names import UserNames
@@ -37,10 +38,12 @@ class ListedRequest:
         time: When it was submitted, ISO 8601.
         request_id: Its name; None if it was redacted.
         indices: The examples to forget, sorted; None if it was redacted.
-        done_entry: Number of the entry that says it was carried out; None: pending.
+        done_entry: Number of the entry that says it was carried out, or None.
         done_time: The time of that entry, or None.
         redaction_entry: Number of the entry that says it was redacted, or None.
         redaction_time: The time of that entry, or None.
+        withdrawal_entry: Number of the entry that says it was withdrawn, or None.
+        withdrawal_time: The time of that entry, or None.
     """
 
     entry: int
@@ -51,6 +54,8 @@ class ListedRequest:
     done_time: str | None = None
     redaction_entry: int | None = None
     redaction_time: str | None = None
+    withdrawal_entry: int | None = None
+    withdrawal_time: str | None = None
 
     @property
     def redacted(self) -> bool:
@@ -59,9 +64,11 @@ class ListedRequest:
 
     @property
     def state(self) -> str:
-        """Return ``"pending"``, ``"carried out"`` or ``"redacted"``."""
+        """Return "pending", "carried out", "withdrawn" or "redacted"."""
         if self.redacted:
             return "redacted"
+        if self.withdrawal_entry is not None:
+            return "withdrawn"
         return "pending" if self.done_entry is None else "carried out"
 
 
@@ -94,7 +101,7 @@ def list_requests(
 
 
 def _listed(entries: Iterable[Entry], found: Requests) -> list[ListedRequest]:
-    """Return the requests with the entries that say when they were done or redacted.
+    """Return the requests with the entries that say what was done about them, and when.
 
     Args:
         entries: All entries of the log.
@@ -103,15 +110,19 @@ def _listed(entries: Iterable[Entry], found: Requests) -> list[ListedRequest]:
     times: dict[int, str] = {}
     done: dict[int, Entry] = {}
     redacted: dict[int, Entry] = {}
+    withdrawn: dict[int, Entry] = {}
     for entry in entries:
         times[entry.number] = entry.time
         if entry.kind == "done" and entry.payload is not None:
             done |= dict.fromkeys(entry.payload["requests"], entry)
         elif entry.kind == REDACTION:
             redacted[(entry.payload or {}).get("entry", -1)] = entry
+        elif entry.kind == WITHDRAWAL:
+            withdrawn[(entry.payload or {}).get("request", -1)] = entry
     rows = []
     for number, request in found.submitted.items():
         by, removed = done.get(number), redacted.get(number)
+        taken_back = withdrawn.get(number)
         rows.append(
             ListedRequest(
                 entry=number,
@@ -122,6 +133,8 @@ def _listed(entries: Iterable[Entry], found: Requests) -> list[ListedRequest]:
                 done_time=None if by is None else by.time,
                 redaction_entry=None if removed is None else removed.number,
                 redaction_time=None if removed is None else removed.time,
+                withdrawal_entry=None if taken_back is None else taken_back.number,
+                withdrawal_time=None if taken_back is None else taken_back.time,
             )
         )
     return rows

@@ -11,7 +11,11 @@ from typing import Any, cast
 from opacus_pi._validate import expect, require
 from opacus_pi.ledger.same_data import same_data_set
 from opacus_pi.unlearning.deletion_log import Entry
-from opacus_pi.unlearning.erased_data import TRAINING_SET, facts_of_remaining
+from opacus_pi.unlearning.erased_data import (
+    TRAINING_SET,
+    WITHDRAWAL,
+    facts_of_remaining,
+)
 
 _HEX = set("0123456789abcdef")
 IF_ERASED = (
@@ -44,22 +48,34 @@ class Requests:
         submitted: The requests, oldest first; None for one that was redacted.
         hashes: The hash of each request's entry.
         done: The requests that were carried out.
+        withdrawn: The requests that were withdrawn before they were carried out.
         weights_sha256: Hash of the weights that honour them; empty if there are none.
     """
 
     submitted: dict[int, DeletionRequest | None] = field(default_factory=dict)
     hashes: dict[int, str] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
+    withdrawn: set[int] = field(default_factory=set)
     weights_sha256: str = ""
 
     @property
     def pending(self) -> dict[int, DeletionRequest]:
-        """The requests that are not done, oldest first."""
+        """The requests that are neither done nor withdrawn, oldest first."""
         return {
             number: request
             for number, request in self.submitted.items()
-            if number not in self.done and request is not None
+            if number in self.still_open and request is not None
         }
+
+    @property
+    def valid(self) -> dict[int, DeletionRequest | None]:
+        """The requests that were not withdrawn, oldest first; None: redacted."""
+        return {n: one for n, one in self.submitted.items() if n not in self.withdrawn}
+
+    @property
+    def still_open(self) -> set[int]:
+        """Numbers of the requests that are neither done nor withdrawn."""
+        return self.submitted.keys() - self.done - self.withdrawn
 
 
 def requests_of(
@@ -88,8 +104,10 @@ def requests_of(
                 None if entry.redacted else request_in(entry, num_examples)
             )
         elif entry.kind == "done" and entry.payload is not None:
-            found.done |= _done_of(entry, set(found.submitted) - found.done)
+            found.done |= _done_of(entry, found.still_open)
             found.weights_sha256 = entry.payload["weights_sha256"]
+        elif entry.kind == WITHDRAWAL and entry.payload is not None:
+            found.withdrawn.add(_withdrawn_by(entry, found.still_open))
     return found
 
 
@@ -193,6 +211,23 @@ def _done_of(entry: Entry, still_open: set[int]) -> set[int]:
     hashed = isinstance(digest, str) and len(digest) == 64 and set(digest) <= _HEX
     _check(hashed, entry, "an entry with the hash of the weights")
     return set(cast(list[int], numbers))
+
+
+def _withdrawn_by(entry: Entry, still_open: set[int]) -> int:
+    """Return the number of the request that an entry withdraws.
+
+    Args:
+        entry: Of kind "withdrawal", not redacted.
+        still_open: Requests that were submitted before it and are neither done nor
+            withdrawn.
+
+    Raises:
+        ValueError: If it names any other request.
+    """
+    number = (entry.payload or {}).get("request")
+    known = type(number) is int and number in still_open
+    _check(known, entry, "an entry about a request that was pending")
+    return cast(int, number)
 
 
 def _check(condition: bool, entry: Entry, what: str) -> None:

@@ -36,6 +36,7 @@ from opacus_pi.unlearning.entry_checks import payload_text, plain_name
 from opacus_pi.unlearning.erased_data import (
     REMAINING,
     TRAINING_SET,
+    WITHDRAWAL,
     remaining_in,
     what_remains,
     without_erased,
@@ -141,6 +142,7 @@ class DeletionRequests(Shown):
             "num_requests": len(found.submitted),
             "num_pending": len(found.pending),
             "num_done": len(found.done),
+            "num_withdrawn": len(found.withdrawn),
             "num_redacted": [*found.submitted.values()].count(None),
         }
 
@@ -171,8 +173,8 @@ class DeletionRequests(Shown):
         Raises:
             ValueError: If the name is neither a string nor a whole number, neither
                 indices nor user are given, the indices are bad or not the user's, the
-                user is unknown, or the name stands for another request. Nothing was
-                written.
+                user is unknown, or the name stands for another request or one that was
+                withdrawn. Nothing was written.
             OSError: If it could not be written.
         """
         name = plain_name("request_id", request_id)
@@ -183,14 +185,24 @@ class DeletionRequests(Shown):
         payload: dict[str, Any] = {"indices": rows, "num_examples": self.num_examples}
         if user is not None:
             payload |= self._names.facts(plain_name("user", user))
+        self._require_not_withdrawn(name)
         entry = self.log.append("request", payload, name=name)
         known = request_in(entry, self.num_examples)
         require(
             known.indices == rows,
             f"request_id {name!r} was submitted before for other examples.",
-            "Use a new request_id.",
+            f"Use another name.{withdraw_first(self, name)}",
         )
         return known
+
+    def _require_not_withdrawn(self, name: str) -> None:
+        """Refuse the name of a request that was withdrawn."""
+        entry = self.log.find(name)
+        require(
+            entry is None or entry.number not in self._requests().withdrawn,
+            f"request_id {name!r} is the name of a request that was withdrawn.",
+            "Use another name.",
+        )
 
     def _require_size(self) -> None:
         """Refuse to add to a log whose first requests name another number of examples.
@@ -214,17 +226,19 @@ class DeletionRequests(Shown):
 
     @property
     def pending(self) -> list[DeletionRequest]:
-        """Requests that are not yet done, oldest first."""
+        """Requests that are neither done nor withdrawn, oldest first."""
         return [*self._requests().pending.values()]
 
     @property
     def submitted(self) -> list[DeletionRequest]:
-        """All requests that were not redacted, oldest first."""
-        found = self._requests().submitted.values()
+        """All requests that were neither redacted nor withdrawn, oldest first."""
+        found = self._requests().valid.values()
         return [request for request in found if request is not None]
 
     def submitted_by(self, user: str | int) -> list[DeletionRequest]:
-        """Return the requests of a user that were not redacted, oldest first.
+        """Return a user's requests that were neither redacted nor withdrawn.
+
+        They are in the order of the log, oldest first.
 
         Args:
             user: The name, as passed to ``submit``.
@@ -235,16 +249,73 @@ class DeletionRequests(Shown):
         """
         name = plain_name("user", user)
         entries = (entry for entry in self.log.entries() if entry.kind == "request")
+        own = [*self._names.entries_of(name, entries)]
+        withdrawn = self._requests().withdrawn if own else set()
         return [
             request_in(entry, self.num_examples)
-            for entry in self._names.entries_of(name, entries)
+            for entry in own
+            if entry.number not in withdrawn
         ]
 
+    def withdraw(self, request_id: str | int, reason: str = "") -> None:
+        """Withdraw a pending request, such as one that was entered by mistake.
+
+        The log keeps the request, and gets an entry that says that it was withdrawn. It
+        is no longer pending, no run carries it out, and its name cannot be used again.
+        Withdrawing it again changes nothing.
+
+        Args:
+            request_id: The request's name.
+            reason: Why, to be stored with the withdrawal. Do not name a person.
+
+        Raises:
+            ValueError: If there is no such request, or it was carried out.
+            RuntimeError: If another process is carrying out requests.
+            OSError: If it could not be written.
+        """
+        name = plain_name("request_id", request_id)
+        expect(
+            isinstance(reason, str),
+            "reason",
+            repr(reason),
+            "must be a string",
+            "Pass a text that says why the request is withdrawn.",
+        )
+        with locked(self.log.path):
+            found = self._requests()
+            number = self._number_of(name, found)
+            stored = stored_weights(self.weights_path, self.num_examples)
+            done = found.done | honoured_by(stored, found, self.weights_path)
+            expect(
+                number not in done,
+                "request_id",
+                name,
+                "must name a pending request",
+                "It was carried out: the weights beside the log have forgotten its "
+                "examples, and that cannot be withdrawn.",
+            )
+            if number not in found.withdrawn:
+                self.log.append(WITHDRAWAL, {"request": number, "reason": reason})
+
+    def _number_of(self, name: str, found: Requests) -> int:
+        """Return the number of a request's entry; refuse a name that no request has."""
+        entry = self.log.find(name)
+        number = -1 if entry is None else entry.number
+        expect(
+            number in found.submitted,
+            "request_id",
+            name,
+            "must name a request of this log",
+            "No such request was submitted, or it was redacted.",
+        )
+        return number
+
     def redact(self, request_id: str | int, reason: str = "") -> None:
-        """Remove what the log says about a request that was carried out.
+        """Remove what the log says about a request that was carried out or withdrawn.
 
         Its name, its user and its indices are removed for good. The log keeps
-        that a request was made and carried out, with both times, and still verifies.
+        that a request was made, and carried out or withdrawn, with both times, and
+        still verifies.
         The weights file keeps the positions of all forgotten examples, without saying
         who asked: no later run may train on them. The name is free again. Other files
         are not changed: in the directory of a run, ``record.json`` lists the positions
@@ -260,23 +331,16 @@ class DeletionRequests(Shown):
             OSError: If it could not be written.
         """
         name = plain_name("request_id", request_id)
-        entry = self.log.find(name)
         found = self._requests()
-        number = -1 if entry is None else entry.number
+        number = self._number_of(name, found)
         expect(
-            number in found.submitted,
+            number not in found.still_open,
             "request_id",
             name,
-            "must name a request of this log",
-            "No such request was submitted, or it was redacted.",
-        )
-        expect(
-            number in found.done,
-            "request_id",
-            name,
-            "must name a request that was carried out",
+            "must name a request that was carried out or withdrawn",
             "It is still pending. Carry it out first, with process or 'opacus-pi "
-            "unlearn --log'.",
+            "unlearn --log', or withdraw it, with withdraw or 'opacus-pi log "
+            "withdraw'.",
         )
         self.log.redact(number, reason)
 
@@ -540,6 +604,21 @@ class DeletionRequests(Shown):
             )
             unlearner.history = unlearner.history.joined(stored.history)
         return honoured, stored
+
+
+def withdraw_first(requests: DeletionRequests, request_id: str) -> str:
+    """Return what to do about a request if it was a mistake; empty if it is done.
+
+    Args:
+        requests: The requests of the log.
+        request_id: The name of a request, which the caller wants to use for another.
+    """
+    pending = request_id in {request.request_id for request in requests.pending}
+    return pending * (
+        f" The earlier request {request_id} is pending, and the next run carries it "
+        "out. If it is a mistake, withdraw it: DeletionRequests.withdraw, or "
+        f"'opacus-pi log withdraw {requests.log.path} --request-id {request_id}'."
+    )
 
 
 def _require_one_evaluation(

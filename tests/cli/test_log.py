@@ -357,10 +357,53 @@ def test_a_request_is_redacted_once_it_was_carried_out(run, answer, kept, tmp_pa
     assert code == 2 and "No such request was submitted, or it was redacted" in err
 
 
+def test_a_mistake_is_withdrawn(run, answer, kept, owners, tmp_path):
+    code, _, err = run("log", "submit", kept, "--forget", "7", "--request-id", "2026-1")
+    assert code == 0
+    code, _, err = run("log", "submit", kept, "--forget", "8", "--request-id", "2026-1")
+    assert code == 2 and "log withdraw" in err and "--request-id 2026-1'" in err
+    words = ("log", "withdraw", kept, "--request-id")
+    for name, message in (
+        ("2026-001", "--request-id must name a pending request"),
+        ("2026-009", "--request-id must name a request of this log"),
+    ):
+        code, out, err = run(*words, name)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+    code, out, _ = run(*words, "2026-1", "--reason", "a typing error")
+    assert code == 0 and "Request 2026-1 is withdrawn (entry 6 of" in out
+    assert verify(kept).head in out
+    found = answer("log", "list", kept)
+    assert (found["num_withdrawn"], found["num_pending"]) == (1, 1)
+    assert found["requests"][2]["withdrawal_entry"] == 6
+    out = run("log", "list", kept)[1]
+    assert "0 redacted, 1 withdrawn." in out and "(entry 6)" in out
+    one = tmp_path / "one.json"
+    found = answer("log", "export", kept, "--disclose", "2026-1", "--out", one)
+    assert found["disclosed"] == [5, 6] and b"a typing error" in one.read_bytes()
+    found = answer("plan", "ledger.safetensors", "--forget", "9", "--log", kept)
+    assert found["pending"] == ["2026-002"]
+    found = answer(*UNLEARN, "--pending", "--log", kept, "--out", tmp_path / "b")
+    assert found["request_ids"] == ["2026-002"]
+    code, _, err = run("log", "submit", kept, "--forget", "7", "--request-id", "2026-1")
+    assert code == 2 and "was withdrawn. Use another name" in err
+
+
+def test_an_unnamed_request_that_was_withdrawn_is_not_used_again(answer, log, owners):
+    for words in (
+        ("--forget", "3"),
+        ("--owners", owners, "--forget-person", "p03"),
+    ):
+        (first,) = answer("log", "submit", log, *TRAIN, *words)["submitted"]
+        answer("log", "withdraw", log, "--request-id", first["request_id"])
+        (again,) = answer("log", "submit", log, *TRAIN, *words)["submitted"]
+        assert again["state"] == "pending" and not again["entered_before"]
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ("list",),
+        ("withdraw", "--request-id", "x"),
         ("export", "--out", "new.json"),
         ("redact", "--request-id", "x"),
     ],
@@ -376,7 +419,7 @@ def test_only_submit_makes_a_log(run, tmp_path, words):
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("action", ["submit", "list", "export", "redact"])
+@pytest.mark.parametrize("action", ["submit", "list", "withdraw", "export", "redact"])
 def test_an_edited_log_is_named(run, kept, tmp_path, action):
     content = kept.read_bytes()
     kept.write_bytes(content.replace(b"[5,6]", b"[5,7]"))
@@ -386,6 +429,7 @@ def test_an_edited_log_is_named(run, kept, tmp_path, action):
         "submit": ("--forget", "7"),
         "export": ("--out", tmp_path / "x.json"),
         "redact": ("--request-id", "2026-001"),
+        "withdraw": ("--request-id", "2026-002"),
     }
     code, out, err = run("log", action, kept, *more.get(action, ()))
     assert (code, out) == (2, "") and err.count("\n") == 1

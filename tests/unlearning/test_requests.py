@@ -23,6 +23,7 @@ from opacus_pi.unlearning import FineTune, Unlearner
 from opacus_pi.unlearning import requests as requests_module
 from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from opacus_pi.unlearning.honouring_weights import stored_weights
+from opacus_pi.unlearning.listed_requests import list_requests
 from opacus_pi.unlearning.log_lock import locked
 from opacus_pi.unlearning.loop import StopWhen
 from opacus_pi.unlearning.requests import (
@@ -55,6 +56,10 @@ def unlearner():
 
 def requests(path, **options):
     return DeletionRequests(path / "deletions.db", SIZE, **options)
+
+
+def names(found):
+    return [request.request_id for request in found]
 
 
 def submitted(path):
@@ -722,6 +727,95 @@ def test_processes_that_submit_first_share_one_key(tmp_path):
     assert sorted(request.request_id for request in found) == ["0", "1", "2", "3"]
 
 
+# ------------------------------------------------------------------ withdrawal
+
+
+def test_a_withdrawn_request_is_not_carried_out(tmp_path):
+    mine = submitted(tmp_path)
+    head = mine.log.head
+    mine.withdraw("b", "wrong rows of ann")
+    mine.withdraw("b")  # after a crash a caller may repeat it
+    found = verify(mine.log.path, head)
+    assert (found.num_added, mine.log.last.kind) == (1, "withdrawal")
+    assert mine.log.last.payload == {"request": 1, "reason": "wrong rows of ann"}
+    assert [r.request_id for r in mine.pending] == ["a", "c"] == names(mine.submitted)
+    assert mine.submitted_by("ann") == []
+    assert requested_indices(mine.log.path, SIZE).tolist() == [2, 3, 5]
+    with pytest.raises(ValueError, match="'b' is the name of a request that was with"):
+        mine.submit("b", user="ann")
+    (result,) = mine.process(unlearner(), data(), together=True, num_epochs=1)
+    assert result.record["forget_indices"] == [2, 3, 5]
+    assert [row.state for row in list_requests(mine.log.path)] == [
+        "carried out",
+        "withdrawn",
+        "carried out",
+    ]
+    mine.submit("b2", user="ann")
+    (later,) = mine.process(unlearner(), data(), num_epochs=1)
+    assert later.record["forget_indices"] == [8, 9]
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_what_was_carried_out_or_is_unknown_is_not_withdrawn(
+    tmp_path, logged, monkeypatch
+):
+    mine = submitted(tmp_path)
+    if not logged:  # killed after the weights were stored
+        monkeypatch.setattr(mine, "_log_done", lambda *_: None)
+    mine.process(unlearner(), data(), num_epochs=0, together=True)
+    head = mine.log.head
+    with pytest.raises(ValueError, match="must name a pending request.*It was carried"):
+        mine.withdraw("a")
+    with pytest.raises(ValueError, match="must name a request of this log"):
+        mine.withdraw("z")
+    with pytest.raises(ValueError, match="reason must be a string"):
+        mine.withdraw("a", None)
+    assert mine.log.head == head
+
+
+def test_a_request_is_not_withdrawn_during_a_run(tmp_path):
+    mine = submitted(tmp_path)
+    with locked(mine.log.path), pytest.raises(RuntimeError, match="another process"):
+        mine.withdraw("a")
+    assert len(mine.pending) == 3
+
+
+def test_a_name_for_other_examples_leads_to_the_withdrawal(tmp_path):
+    mine = submitted(tmp_path)
+    with pytest.raises(ValueError, match="request a is pending, .*log withdraw .*db"):
+        mine.submit("a", indices=[7])
+    mine.process(unlearner(), data(), num_epochs=0)
+    with pytest.raises(ValueError, match="Use another name.$"):
+        mine.submit("a", indices=[7])
+
+
+def test_a_withdrawn_request_can_be_redacted(tmp_path):
+    """What remains is told apart as if the withdrawn request had never been there."""
+    mine = submitted(tmp_path)
+    mine.withdraw("c")
+    mine.redact("c")
+    mine.process(unlearner(), data(), num_epochs=0)
+    mine.redact("a")
+    assert requested_indices(mine.log.path, SIZE).tolist() == [2, 5, 8, 9]
+    assert {row.state for row in list_requests(mine.log.path)} == {
+        "redacted",
+        "carried out",
+    }
+    latest = remaining_by_log(mine.log.path)[0]
+    assert latest.forgotten.tolist() == [2, 5, 8, 9]
+    mine.submit("c", indices=[3])  # the name is free again
+    assert names(mine.pending) == ["c"]
+
+
+@pytest.mark.parametrize("number", [0, 7, True, None])
+def test_an_entry_that_withdraws_what_is_not_pending_is_refused(tmp_path, number):
+    mine = submitted(tmp_path)
+    mine.process(unlearner(), data(), num_epochs=0)
+    mine.log.append("withdrawal", {"request": number, "reason": ""})
+    with pytest.raises(ValueError, match="an entry about a request that was pending"):
+        _ = mine.pending
+
+
 # ------------------------------------------------------------------ redaction
 
 
@@ -800,7 +894,7 @@ def test_what_it_shows_names_nobody(tmp_path):
     mine.redact("a")
     assert repr(mine) == (
         "DeletionRequests(num_examples=20, num_users=2, num_requests=4, num_pending=1, "
-        "num_done=3, num_redacted=1)"
+        "num_done=3, num_withdrawn=0, num_redacted=1)"
     )
     mine.log.path.write_bytes(b"damaged")
     assert "cannot be read" in repr(mine)
