@@ -51,6 +51,13 @@ from opacus_pi.attribution.causes import (
 )
 from opacus_pi.attribution.item_contents import contents_of, joint_sums, labels_of
 from opacus_pi.attribution.item_fingerprints import ItemFingerprints, fingerprint_items
+from opacus_pi.attribution.listed_samples import (
+    Column,
+    Place,
+    Separated,
+    places_of_lists,
+    separated,
+)
 from opacus_pi.attribution.mixtures import OtherSamples, made_of_others
 from opacus_pi.attribution.samples import (
     DelayedChecksums,
@@ -59,7 +66,6 @@ from opacus_pi.attribution.samples import (
     places_up_to,
     running_checksums,
     smallest_bound,
-    tensors_in,
 )
 
 __all__ = [
@@ -94,6 +100,7 @@ class CollateIdentity:
         labels: int64 ``(n, p)``: checksums of the small parts of each item.
         copies: The places of samples, int64 ``(k,)``, that are equal items, of which it
             is not known which is which, for each such item.
+        lists: The places in the batch of lists with one sample in each entry.
     """
 
     items: NDArray[np.int64] | None = None
@@ -104,6 +111,7 @@ class CollateIdentity:
     contents: NDArray[np.int64] | None = None
     labels: NDArray[np.int64] | None = None
     copies: tuple[NDArray[np.int64], ...] = ()
+    lists: tuple[Place, ...] = ()
 
 
 BY_CONSTRUCTION = CollateIdentity()
@@ -180,20 +188,37 @@ def follow(items: ItemFingerprints, batch: Any, batch_dim: int) -> CollateIdenti
         batch: What ``collate_fn`` returned.
         batch_dim: The dimension that should run over the samples.
     """
-    all_tensors = tensors_in(batch)
-    tensors = [t for t in all_tensors if t.dim()]
     if not len(items):
         return BY_CONSTRUCTION
-    if not tensors:
+    lists = places_of_lists(items, batch)
+    identity = _followed(items, separated(batch, lists), batch_dim)
+    return replace(identity, lists=lists) if lists else identity
+
+
+def _followed(
+    items: ItemFingerprints, batch: Separated, batch_dim: int
+) -> CollateIdentity:
+    """Find out which item each sample is.
+
+    Args:
+        items: The items, at least one.
+        batch: The tensors of the batch.
+        batch_dim: The dimension that should run over the samples.
+    """
+    columns, tensors = batch.columns, [t for t in batch.others if t.dim()]
+    if not tensors and not columns:
         return UNCHECKED
-    is_only_samples = len(tensors) == len(all_tensors)
-    if is_only_samples and _are_in_place(items, tensors, batch_dim):
+    is_only_samples = len(tensors) == len(batch.others)
+    if is_only_samples and _are_in_place(items, batch, batch_dim):
         return BY_CONSTRUCTION
-    samples = [_as_samples(items, tensor, batch_dim) for tensor in tensors]
-    identity = _matched(items, samples)
-    has_others = identity.items is not None and len(identity.items) > len(items)
-    is_whole = is_only_samples and _are_whole_items(items, samples, identity.items)
-    is_whole &= not has_others
+    even = [Samples(c.stacked(), 0) for c in columns if c.is_even]
+    even += [_as_samples(items, tensor, batch_dim) for tensor in tensors]
+    padded = [Samples(c.stacked(), 0) for c in columns if not c.is_even]
+    identity = _matched(items, padded + even)
+    chosen = identity.items
+    is_whole = is_only_samples and _are_whole_items(items, even, chosen)
+    is_whole &= all(_are_items(items, samples, chosen) for samples in padded)
+    is_whole &= chosen is None or len(chosen) <= len(items)
     return identity if is_whole else replace(identity, has_more=True)
 
 
@@ -260,6 +285,23 @@ def _are_whole_items(
     return True
 
 
+def _are_items(
+    items: ItemFingerprints, samples: "Samples", chosen: Indices | None
+) -> bool:
+    """Return whether samples of different shapes are the items that were chosen.
+
+    Args:
+        items: The items.
+        samples: The samples, which were padded to compare them.
+        chosen: As for ``_are_whole_items``.
+    """
+    order = np.arange(len(items)) if chosen is None else chosen
+    found = samples.candidates(items)
+    if found is None or len(found) != len(order):
+        return False
+    return bool(found[np.arange(len(order)), order][order >= 0].all())
+
+
 def _narrowed(joint: Mask, items: ItemFingerprints, samples: "list[Samples]") -> Mask:
     """Return which items each sample may be if its numbers, such as labels, count too.
 
@@ -276,23 +318,44 @@ def _narrowed(joint: Mask, items: ItemFingerprints, samples: "list[Samples]") ->
     return joint
 
 
-def _are_in_place(
-    items: ItemFingerprints, tensors: list[Tensor], batch_dim: int
-) -> bool:
+def _are_in_place(items: ItemFingerprints, batch: Separated, batch_dim: int) -> bool:
     """Return whether every tensor has the entries of the items, in their places.
 
     This is what most collate functions do. Comparing entries takes less time than
     computing checksums of them.
     """
     is_shown = False
-    for tensor in tensors:
+    for column in batch.columns:
+        if not _is_in_place(items, column):
+            return False
+        is_shown = is_shown or not column.is_even or _is_evidence(column.content)
+    for tensor in batch.others:
         if tensor.ndim <= batch_dim or tensor.shape[batch_dim] != len(items):
             return False
         content = DelayedChecksums(tensor, batch_dim, keeps_tensor=True)
         if not _has_equal_part(items, content):
             return False
-        is_shown = is_shown or (content.width > 1 and _differ(content))
+        is_shown = is_shown or _is_evidence(content)
     return is_shown
+
+
+def _is_in_place(items: ItemFingerprints, column: Column) -> bool:
+    """Return whether a list has one part of each item, in the order of the items."""
+    if len(column.samples) != len(items):
+        return False
+    if column.is_even:
+        return _has_equal_part(items, column.content)
+    widths, sums = column.checksums()
+    return any(
+        np.array_equal(items.widths[:, part], widths)
+        and np.array_equal(items.checksums_of(part), sums)
+        for part in range(items.widths.shape[1])
+    )
+
+
+def _is_evidence(content: DelayedChecksums) -> bool:
+    """Return whether samples are more than a number each, and are not all alike."""
+    return content.width > 1 and _differ(content)
 
 
 def _has_equal_part(items: ItemFingerprints, content: DelayedChecksums) -> bool:

@@ -25,11 +25,11 @@ from opacus_pi.attribution.causes import Cause
 from opacus_pi.attribution.collate_identity import BY_CONSTRUCTION, CollateIdentity
 from opacus_pi.attribution.item_contents import SMALL, content_sums, joint_sums
 from opacus_pi.attribution.item_labels import WIDEST_LABEL
+from opacus_pi.attribution.listed_samples import DeliveredColumn, separated
 from opacus_pi.attribution.lookalikes import Alike
 from opacus_pi.attribution.samples import (
     DelayedChecksums,
     DeliveredTensor,
-    tensors_in,
 )
 
 __all__ = [
@@ -509,7 +509,7 @@ def describe_delivery(
         verify: Whether to keep what checksums are computed from.
         identity: Which item each sample of the batch is.
     """
-    tensors = tensors_in(batch)
+    columns, tensors = separated(batch, identity.lists)
     known, is_single = _listed(indices)
     number = loader_pass.num_delivered
     if known is None:
@@ -532,6 +532,13 @@ def describe_delivery(
             )
         else:
             delivery.shared.append(StorageWeakRef(tensor.untyped_storage()))
+    for column in columns:
+        if column.is_even and len(column.samples) == len(known):
+            delivery.tensors.append(DeliveredColumn(column, verify=verify))
+        else:
+            delivery.shared += [
+                StorageWeakRef(sample.untyped_storage()) for sample in column.samples
+            ]
     delivery.is_described = _has_only(batch, len(delivery.tensors))
     return delivery
 
