@@ -129,19 +129,36 @@ class _ClippingFromCache(DPOptimizer):
         require_unprocessed(caches)
         # Norms and sums are not taken in half precision, even if the loop is.
         no_autocast = torch.autocast(self.params[0].device.type, enabled=False)
+        sums: dict[Any, Tensor] = {}  # Opacus gives parameters the attribute summed_grad
         with torch.no_grad(), no_autocast:
-            norms = [self._pi_clip(cache) for cache in caches]
+            norms = [self._pi_clip(cache, sums) for cache in caches]
             # Known only now: clipping may have formed gradients of parameters that
             # have no taps.
             taps.require_complete(self.params, model)
+            # Added last, so that a batch that failed leaves nothing behind.
+            for p, total in sums.items():
+                if p.summed_grad is None:
+                    p.summed_grad = total
+                else:
+                    # In place, as in Opacus: a new tensor would lose the mark that an
+                    # update was made of this sum, and the next one would contain it.
+                    p.summed_grad += total
         self.per_sample_gradient_norms = torch.cat(norms)
         self.batch_sizes = [cache.size for cache in caches]
         # The mark stays until ``zero_grad`` drops the caches: a second step without a
         # backward pass in between would add the same sum again.
         mark_as_processed(caches)
 
-    def _pi_clip(self, cache: BatchCache) -> Tensor:
-        """Add one batch's clipped sum; return the norms before clipping, ``(b,)``."""
+    def _pi_clip(self, cache: BatchCache, sums: dict[Any, Tensor]) -> Tensor:
+        """Add one batch's clipped gradients to sums by parameter.
+
+        Args:
+            cache: Of the batch; is released.
+            sums: The sums of earlier batches; changed in place.
+
+        Returns:
+            The norms before clipping, ``(b,)``.
+        """
         hooks = self._pi_hooks
         # A mean loss divided every example's gradient by the batch size.
         scale = cache.size if hooks.loss_reduction == "mean" else 1
@@ -151,9 +168,7 @@ class _ClippingFromCache(DPOptimizer):
         factors = scale * clip_factors(norms, self.max_grad_norm)
         for p, gradients in found.items():
             grad = gradients.weighted_sum(factors).view(p.shape).to(p.dtype)
-            parameter: Any = p  # Opacus gives parameters the attribute summed_grad
-            before = parameter.summed_grad
-            parameter.summed_grad = grad if before is None else before + grad
+            sums[p] = sums[p] + grad if p in sums else grad
         cache.release()  # inputs and output gradients are the bulk of the memory
         return norms
 
