@@ -129,7 +129,7 @@ class _ClippingFromCache(DPOptimizer):
         require_unprocessed(caches)
         # Norms and sums are not taken in half precision, even if the loop is.
         no_autocast = torch.autocast(self.params[0].device.type, enabled=False)
-        sums: dict[Any, Tensor] = {}  # Opacus gives parameters the attribute summed_grad
+        sums: dict[Any, Tensor] = {}  # Any: parameters with Opacus's summed_grad
         with torch.no_grad(), no_autocast:
             norms = [self._pi_clip(cache, sums) for cache in caches]
             # Known only now: clipping may have formed gradients of parameters that
