@@ -30,6 +30,7 @@ EXPECTED = {
         "It has a ledger.",
     ],
     "Batches that the loop cuts": ["such as its number of time steps, rose and fell"],
+    "A network in a list": [r"weights The weight 'encoder\[0\].weight', which is not"],
     "Time-first layers": [r"\(batch_first=False\) confuses the two"],
     "Examples sorted in the model": ["'first' is given the examples in another order"],
     "Items that share an example": ["It has a ledger."],

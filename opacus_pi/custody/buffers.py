@@ -11,6 +11,10 @@ Tensors that layers keep in other attributes are watched in the same way. Those 
 forward pass reads and no state dict has, such as the state of a metric, are left out as
 soon as the probe has seen this (:mod:`~opacus_pi.custody.read_tensors`).
 
+So are trainable weights that are not among ``model.parameters()``: those of modules
+that a layer holds in a plain list or dictionary. Opacus neither clips their gradients
+nor adds noise to them, so a loop that trains them does so without privacy.
+
 The probe sees what one batch does to a buffer. It cannot see that a buffer keeps the
 largest activation of all batches, as observers do for quantisation: that of the probed
 batch is there already. So buffers of floating-point numbers that forward passes in
@@ -52,6 +56,7 @@ from opacus_pi._torch_compat import (
     forward_pre_hooks,
     is_functorch_wrapped_tensor,
     own_buffers,
+    own_parameters,
     remove_hooks,
 )
 from opacus_pi.custody.chain import Chain
@@ -66,6 +71,16 @@ _CHANGED = (
     "get_epsilon nor the ledger covers the model: keep the buffer fixed during "
     "training. If they do not, as in a count of updates or a schedule, nothing needs "
     "to be done."
+)
+
+_TRAINED = (
+    "The weight {name!r}, which is not among model.parameters(), was changed outside "
+    "of the model's forward passes. If it was trained on training data, outputs of the "
+    "model that use it depend on examples without clipping and without noise, and "
+    "neither get_epsilon nor the ledger covers the model: freeze it before training, "
+    "or make its module an attribute of the model or an entry of nn.ModuleList, so "
+    "that it is trained with privacy. If it was computed from public data, or from "
+    "weights that the private optimizer has updated, nothing needs to be done."
 )
 
 _WRITTEN = (
@@ -116,6 +131,8 @@ class BufferLink:
             for prefix, layer in model.named_modules()
             for name, place in _places(prefix, layer)
         ]
+        self._unregistered = dict(_unregistered_weights(model))
+        self._places += self._unregistered.items()
         self._noted: dict[str, Tensor] = {}
         self._ids: list[int] = []
         self._writes: list[int] = []
@@ -240,7 +257,9 @@ class BufferLink:
             for name in {**noted, **present}
             if not _is_same(noted.get(name), present.get(name))
         ]
-        if is_changed or names:
+        if names and names[0] in self._unregistered:
+            self._chain.leave_unchecked("weights", _TRAINED.format(name=names[0]))
+        elif is_changed or names:
             what = f"The buffer {names[0]!r}" if names else "A buffer"
             self._chain.leave_unchecked("weights", _CHANGED.format(what=what))
         self._note(present)
@@ -259,6 +278,48 @@ def _places(prefix: str, layer: nn.Module) -> Iterator[tuple[str, _Place]]:
     for key, value in vars(layer).items():
         if isinstance(value, Tensor):
             yield start + key, (reference, vars, key)
+
+
+def _unregistered_weights(model: nn.Module) -> Iterator[tuple[str, _Place]]:
+    """Yield name and place of each trainable weight that the model does not list.
+
+    Modules are looked for in the attributes of the layers, and in the lists, tuples and
+    dictionaries among them, but not in lists of lists.
+    """
+    seen = {id(part) for part in (*model.modules(), *model.parameters())}
+    for prefix, layer in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        for key, value in vars(layer).items():
+            if key in _TABLES_OF_TORCH:
+                continue
+            for place, module in _held_modules(value):
+                for inner, part in module.named_modules():
+                    if id(part) in seen:
+                        continue
+                    seen.add(id(part))
+                    reference, inside = weakref.ref(part), f"{inner}." if inner else ""
+                    for name, weight in part.named_parameters(recurse=False):
+                        if weight.requires_grad and id(weight) not in seen:
+                            seen.add(id(weight))
+                            full = f"{start}{key}{place}.{inside}{name}"
+                            yield full, (reference, own_parameters, name)
+
+
+_TABLES_OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
+
+
+def _held_modules(value: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in an attribute, with their places such as ``[0]``."""
+    if isinstance(value, nn.Module):
+        yield "", value
+    elif isinstance(value, dict):
+        yield from (
+            (f"[{k!r}]", v) for k, v in value.items() if isinstance(v, nn.Module)
+        )
+    elif isinstance(value, list | tuple):
+        yield from (
+            (f"[{i}]", v) for i, v in enumerate(value) if isinstance(v, nn.Module)
+        )
 
 
 def _is_real(tensor: Tensor) -> bool:

@@ -22,6 +22,7 @@ the function holds are shared with the copy: they may be large.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -60,13 +61,12 @@ def copy_of_function(function: Callable[..., Any]) -> Callable[..., Any]:
         else value
         for name, value in function.__globals__.items()
     }
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
     twin = FunctionType(
         function.__code__,
         own_globals,
         function.__name__,
         copy.deepcopy(function.__defaults__),
-        tuple(CellType(copy.deepcopy(value, _shared(held))) for value in held),
+        tuple(_copies_of(function.__closure__ or ())),
     )
     twin.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__)
     twin.__dict__.update(copy.deepcopy(vars(function)))
@@ -84,6 +84,24 @@ def copied_if_possible(function: Any) -> Any:
         return copy_of_function(function)
     except (*MODEL_ERRORS, copy.Error):
         return function
+
+
+def _copies_of(cells: tuple[CellType, ...]) -> Iterator[CellType]:
+    """Yield copies of variables that a function shares with the one around it.
+
+    Args:
+        cells: The variables. One without a value, such as one that is assigned only if
+            an option is set, stays without.
+    """
+    held = {}
+    for cell in cells:
+        with suppress(ValueError):  # it has no value yet
+            held[id(cell)] = cell.cell_contents
+    for cell in cells:
+        if id(cell) in held:
+            yield CellType(copy.deepcopy(held[id(cell)], _shared(held.values())))
+        else:
+            yield CellType()
 
 
 def _shared(parts: Iterable[Any]) -> dict[int, Any]:

@@ -302,7 +302,11 @@ class RunChecks:
         if other:
             found.append(f"{other} were of another model that this engine prepared.")
             remedies.append(
-                "Use one engine for each model, also for each trial of a search."
+                "Use one engine for each model, also for each trial of a search. If "
+                "one model goes on from another that was trained on the same data, as "
+                "in pretraining and fine-tuning, neither ledger covers both trainings: "
+                "add up the losses of each example, order by order, and compute "
+                "epsilon by a new accountant that counts the updates of both."
             )
         if num_charged > 0:
             found.append(

@@ -386,3 +386,82 @@ def test_a_write_to_a_read_tensor_is_reported_beside_a_metric():
     link = link_of(module, add)
     assert "The buffer 'mean' of the model was changed" in link.sentence
     assert "held.state" not in link.sentence
+
+
+class Hidden(nn.Module):
+    """A head on an encoder that the model does not register."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.linear, encoder = nn.Linear(5, 3), nn.Sequential(nn.Linear(5, 5))
+        if place == "list":
+            self.encoders = [encoder]
+        elif place == "dictionary":
+            self.encoders = {0: encoder}
+        elif place == "frozen":
+            self.encoders = [encoder.requires_grad_(False)]
+        elif place == "registered, too":
+            self.encoder = encoder.requires_grad_(False)
+            self.encoders = [encoder, self.linear]
+        else:
+            object.__setattr__(self, "encoders", encoder)
+        self.found = encoder
+
+    def __setattr__(self, name, value):
+        if name == "found":  # for the tests; the model does not register it
+            value = lambda encoder=value: encoder  # noqa: E731
+        super().__setattr__(name, value)
+
+    def forward(self, x):
+        return self.linear(self.found()(x).detach())
+
+
+def weights_after(module, change):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(24, 5), torch.randint(0, 3, (24,)))
+    engine = PrivacyEngine()
+    model, optimizer, loader = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.linear.parameters(), lr=0.1),
+        data_loader=DataLoader(data, 6),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        change(module.found(), x)
+    return weights_link(engine)
+
+
+def train_openly(encoder, x):
+    (encoder(x) - x).square().mean().backward()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter -= 0.1 * parameter.grad
+
+
+def leave(encoder, x):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("list", "encoders[0].0.weight"),
+        ("dictionary", "encoders[0].0.weight"),
+        ("attribute", "encoders.0.weight"),
+    ],
+)
+def test_a_network_that_the_model_does_not_register_is_watched(place, name):
+    link = weights_after(Hidden(place), train_openly)
+    assert link.state == "unchecked"
+    assert f"The weight {name!r}, which is not among" in link.sentence
+    assert weights_after(Hidden(place), leave).state == "checked"
+
+
+@pytest.mark.parametrize("place", ["frozen", "registered, too"])
+def test_lists_of_registered_or_frozen_layers_raise_no_alarm(place):
+    assert weights_after(Hidden(place), leave).state == "checked"

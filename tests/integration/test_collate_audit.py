@@ -343,6 +343,29 @@ def test_a_collate_fn_that_cannot_be_called_again_is_said():
     assert rows_link(engine).state == "unchecked"
 
 
+def collate_with_options(*, is_scaled):
+    """A collate_fn with a variable that has a value only if an option is set."""
+    if is_scaled:
+        factor = 2.0
+
+    def collate(items):
+        x, y = default_collate(items)
+        return (x * factor if is_scaled else x), y
+
+    return collate
+
+
+@pytest.mark.parametrize("is_scaled", [True, False])
+@pytest.mark.filterwarnings("ignore:.*[Ss]ample")
+def test_a_variable_without_a_value_does_not_keep_collate_fn_from_being_called(
+    is_scaled,
+):
+    engine, train, _ = prepared(collate_with_options(is_scaled=is_scaled))
+    assert engine.audit(criterion).passed
+    train()
+    assert rows_link(engine).state == "checked"
+
+
 # ----------------------------------------------------------------- nothing remains
 NUM_CALLS = 0
 SIZES = []

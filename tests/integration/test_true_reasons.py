@@ -388,6 +388,7 @@ def test_updates_that_a_ledger_lacks_are_named(loop, said):
     assert {found for found in (SAME, OTHER, CHARGED) if found in text} == said
     assert ("keep what the first call" in text) == (SAME in said)
     assert ("Use one engine for each model" in text) == (OTHER in said)
+    assert ("counts the updates of both" in text) == (OTHER in said)
     assert ("an accountant of their own" in text) == (CHARGED in said)
 
 
