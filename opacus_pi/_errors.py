@@ -1,4 +1,4 @@
-"""The error that is raised in place of a number that would be wrong."""
+"""Errors in place of a number that would be wrong, and of a log that is in use."""
 
 
 class AccountingError(RuntimeError):
@@ -6,3 +6,7 @@ class AccountingError(RuntimeError):
 
     Training itself is not affected. The message says why, and what to do.
     """
+
+
+class LogInUseError(RuntimeError):
+    """Another process is carrying out requests of a deletion log."""

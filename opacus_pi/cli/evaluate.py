@@ -79,7 +79,8 @@ def run(options: argparse.Namespace) -> int:
     )
     if not len(sets.forget):
         raise BadInput(
-            "--forget: all of these examples may have been erased from the data set, "
+            f"{_named_by(options)}: all of these examples may have been erased from "
+            "the data set, "
             "so nothing can be measured on them. Name examples that can be read."
         )
     network = load_model(options, options.weights)
@@ -105,6 +106,11 @@ def run(options: argparse.Namespace) -> int:
     }
     answer(options, with_json_checksum(facts), _text(facts, barriers))
     return 0
+
+
+def _named_by(options: argparse.Namespace) -> str:
+    """Return the argument that names the examples to forget."""
+    return "--forget-person" if options.forget_person else "--forget"
 
 
 def _require_different_weights(
@@ -161,7 +167,7 @@ def _require_retrained_without(
                     f"--oracle: the model in {path} was retrained without "
                     f"{len(every) - len(forget)} other examples, too: those of the "
                     "other requests in the log. Name the examples of all requests "
-                    f"({len(every)}) with --forget."
+                    f"({len(every)}) with --forget or --forget-person."
                 )
             raise BadInput(
                 f"--oracle: the model in {path} was retrained without other examples "

@@ -26,6 +26,10 @@ from opacus_pi.cli.inputs import read_indices, text_of
 from opacus_pi.files.regular_file import require_readable_once
 from opacus_pi.ledger.same_data import difference
 
+IF_ERASED = (
+    "If only files of forgotten examples were erased, add --log with the deletion log "
+    "that names them."
+)
 OWNERS_OF = "data_set"  # in a file of persons: the fingerprint of its data set
 Owned = Mapping[str, NDArray[np.int64]]
 
@@ -61,7 +65,7 @@ def read_request(
         return read_indices(options.forget_indices, or_persons=True), {}
     if len(set(persons)) < len(persons):
         raise BadInput("--forget-person: a person is named twice. Name each once.")
-    owners = read_owners(options.owners, data_set)
+    owners = read_owners(options.owners, data_set, _if_erased(options))
     owned = {
         person: np.sort(_examples_of(person, owners, options.owners))
         for person in persons
@@ -141,7 +145,21 @@ def _only(options: argparse.Namespace, owned: Owned) -> NDArray[np.int64]:
     return chosen.astype(np.int64)
 
 
-def read_owners(path: str, data_set: Callable[[], str | None]) -> dict[str, list[int]]:
+def _if_erased(options: argparse.Namespace) -> str:
+    """Return the remedy for a data set from which forgotten examples were erased.
+
+    Args:
+        options: The parsed arguments. The log says what remains, if it is named; a
+            command without ``--data`` reads no data set.
+    """
+    if options.log or getattr(options, "train_set", None) is None:
+        return ""
+    return f" {IF_ERASED}"
+
+
+def read_owners(
+    path: str, data_set: Callable[[], str | None], remedy: str = ""
+) -> dict[str, list[int]]:
     """Read which examples belong to which person, in the data set at hand.
 
     Args:
@@ -150,6 +168,7 @@ def read_owners(path: str, data_set: Callable[[], str | None]) -> dict[str, list
             may be a pipe.
         data_set: Returns the fingerprint of the data set in which positions are meant;
             None if it is not known, of which a warning is given.
+        remedy: One more remedy for another data set, after a space.
 
     Raises:
         BadInput: If the file cannot be read, holds anything else, or names no data set
@@ -177,7 +196,7 @@ def read_owners(path: str, data_set: Callable[[], str | None]) -> dict[str, list
             f"--owners: {path} was made for another data set, which differs from this "
             f"one in {differs}. Its positions may be those of other persons. Use the "
             "file that was made for this data set. If files were erased since, do not "
-            "make it again from those that remain."
+            f"make it again from those that remain.{remedy}"
         )
     return owners
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from opacus_pi._errors import AccountingError
+from opacus_pi._errors import AccountingError, LogInUseError
 from opacus_pi._printable import printable
 from opacus_pi.cli.encoding import printing_all
 from opacus_pi.cli.errors import (
@@ -88,6 +88,8 @@ def _explained(error: Exception, options: argparse.Namespace) -> tuple[str, int]
         return with_flags(error, options), BAD_INPUT
     if isinstance(error, AccountingError | OSError):
         return one_line(error), BAD_INPUT
+    if isinstance(error, LogInUseError):
+        return one_line(error), FAILED
     name = type(error).__name__
     return (
         f"{name}: {one_line(error)[:300]} Run again with --traceback to see where.",

@@ -48,6 +48,7 @@ from opacus_pi.files.torch_file import (
     require_bounded,
 )
 from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, FILTER_KEY
+from opacus_pi.recording.state_file import STATE_FORMAT, read_state
 from opacus_pi.unlearning import DeletionStatement
 from opacus_pi.unlearning.deletion_log import (
     Verification,
@@ -62,6 +63,7 @@ LOG = "deletion log"
 OLD_LOG = "deletion log of JSON lines"
 EXPORT = LOG_EXPORT.words
 CHECKPOINT = "ledger in a checkpoint"
+STATE = "saved state of a training"
 _RECORD = "the record of an unlearning run"
 _PAGE = "a report's page"
 _OWNERS = "positions by person, as --owners takes them"
@@ -272,22 +274,30 @@ def _refuse(kind: str, path: Path) -> None:
 def _archive(path: Path) -> Recognised:
     """Recognise a file of ``torch.save``, or another archive.
 
-    A checkpoint that cannot be read is still recognised by the key of its ledger, which
-    the archive contains as plain text.
+    A checkpoint that cannot be read is still recognised by the key of its ledger, and a
+    saved state by its format: the archive contains both as plain text.
     """
     content, fault = None, ""
     try:
         require_bounded(path)
         content = read_torch_file(path, map_location="cpu", mmap=True)
     except OtherObjects as error:
-        if _has_our_key(path):
+        if _has(CHECKPOINT_KEY, path):
             return Recognised(CHECKPOINT, ours=True, reason=one_line(error))
     except (ValueError, RuntimeError, EOFError, OSError, MemoryError) as error:
         fault = one_line(error)
+    is_state = isinstance(content, dict) and content.get("format") == STATE_FORMAT
+    if is_state or (content is None and _has(STATE_FORMAT, path)):
+
+        def check_state() -> dict[str, Any]:
+            read_state(path)
+            return {}
+
+        return Recognised(STATE, check_state, ours=True)
     states = {}  # those of opacus_pi, which have a checksum
     if isinstance(content, dict):
         states = {k: content[k] for k in (CHECKPOINT_KEY, FILTER_KEY) if k in content}
-    if not states and (content is not None or not _has_our_key(path)):
+    if not states and (content is not None or not _has(CHECKPOINT_KEY, path)):
         return Recognised("an archive, or weights without a recorded run")
 
     def check() -> dict[str, Any]:
@@ -300,11 +310,16 @@ def _archive(path: Path) -> Recognised:
     return Recognised(CHECKPOINT, check, ours=True)
 
 
-def _has_our_key(path: Path) -> bool:
-    """Return whether an unreadable archive has the key of a checkpoint's ledger."""
+def _has(mark: str, path: Path) -> bool:
+    """Return whether an unreadable archive has a text that only opacus_pi writes.
+
+    Args:
+        mark: The key of a checkpoint's ledger, or the format of a saved state.
+        path: The archive.
+    """
     with path.open("rb") as file:
         parts = iter(lambda: file.read(_NUM_BYTES), b"")
-        return any(CHECKPOINT_KEY.encode() in part for part in parts)
+        return any(mark.encode() in part for part in parts)
 
 
 def _text(path: Path, start: bytes) -> Recognised:

@@ -20,17 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi.cli.errors import BadInput, with_flags
+from opacus_pi.cli.owners import IF_ERASED
 from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, require_alike
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning import Unlearner
 from opacus_pi.unlearning.claims import left_other_weights, runs_in
 from opacus_pi.unlearning.honouring_weights import weights_path_of
-
-IF_ERASED = (
-    "If only files of forgotten examples were erased, add --log with the deletion log "
-    "that names them."
-)
 
 
 def require_ledgers_of(

@@ -38,7 +38,9 @@ def require_loggable(persons: list[str], request_id: str | None) -> None:
         raise BadInput(
             "--request-id: it names one request, but each of the "
             f"{len(persons)} persons gets a request. Leave it out: then each request "
-            "has a random name, which is printed."
+            "has a random name, which is printed. To choose the names, call 'opacus-pi "
+            "log submit' with --request-id once for each person, and then 'opacus-pi "
+            "unlearn --pending'."
         )
     if request_id in persons:
         raise BadInput(

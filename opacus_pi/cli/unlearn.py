@@ -24,6 +24,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,15 @@ _NO_RESULT = (
     "run, and did not store its result. The weights beside the log honour every "
     "request, but never give that file to others: it lists the forgotten examples. The "
     "next run stores its result."
+)
+
+_CARRIED_OUT = (
+    "The request was carried out, and nothing is lost: the weights are beside the log. "
+    "Repeat the command, if needed with another --out, to write the result."
+)
+_OF_THIS_COMMAND = (
+    " This is about the examples that this command names. Whether examples of the "
+    "other requests of the run are of several persons was not looked at."
 )
 
 
@@ -136,13 +146,42 @@ def run(options: argparse.Namespace) -> int:
             carry_out = unlearner.rewind if going_back else unlearner.unlearn
             settings = {**settings, "evaluate": evaluation_of(forget)}
             result, request = carry_out(train_set, forget, **settings), {}
-        if result is not None:
-            save_result(directory, result, options.delta)
+        _save(options, directory, result)
     facts = {"format": "opacus_pi.cli.unlearn.v1", "out": options.out}
-    facts |= _run_facts(result, options.delta, len(train_set)) | request
+    facts |= _run_facts(result, options.delta, train_set, test_set) | request
     facts |= {"num_erased": len(erased_in(train_set)), "also_of": options.also_of}
     answer(options, facts, _text(facts, result))
     return 0
+
+
+def _save(
+    options: argparse.Namespace, directory: Path, result: UnlearningResult | None
+) -> None:
+    """Save the result, if there is one; an error then says what was done before.
+
+    Args:
+        options: The parsed arguments; ``after_error`` is printed after an error.
+        directory: The new directory.
+        result: The run, or None.
+    """
+    if result is not None:
+        options.after_error = _CARRIED_OUT * bool(options.log)
+        save_result(directory, result, options.delta)
+    options.after_error = ""
+
+
+def _num_evaluated(result: UnlearningResult, train_set: Any, test_set: Any) -> int:
+    """Return of how many examples the metrics of the retain set are, 0 if of none.
+
+    Args:
+        result: The run.
+        train_set: The training set.
+        test_set: The test set, or None. As many examples of the retain set are drawn.
+    """
+    if test_set is None:
+        return 0
+    gone = {*result.record["forget_indices"], *result.record["forgotten_before"]}
+    return min(len(train_set) - len(gone), len(test_set))
 
 
 def _settings(
@@ -354,7 +393,9 @@ def _resume(
         BadInput: If ``--weights`` are of another model than the log.
     """
     given = weights_name(unlearner.model)
+    options.after_error = "Nothing was entered." * (not options.pending)
     requests.resume(unlearner)  # refuses the log of another model
+    options.after_error = ""
     continues = requests.weights_path.exists()
     if continues and not options.checkpoints:
         require_weights_of_log(options, given, unlearner)
@@ -441,28 +482,31 @@ def _optimizer(options: argparse.Namespace) -> Any:
 
 
 def _run_facts(
-    result: UnlearningResult | None, delta: float, num_examples: int
+    result: UnlearningResult | None, delta: float, train_set: Any, test_set: Any
 ) -> dict[str, Any]:
     """Return what was run and what may be claimed, as JSON facts.
 
     Args:
         result: The run; None if the request had been carried out before.
         delta: δ at which ε is stated.
-        num_examples: Size of the training set.
+        train_set: The training set.
+        test_set: The test set, or None.
     """
     if result is None:
         return {"carried_out": False}
     metrics, epsilon = result.trace.metrics, result.guarantee.epsilon(delta)
+    is_before = result.trace.begins_before
     has_epsilon = math.isfinite(epsilon)
     return {
         "carried_out": True,
         "num_steps": result.record["num_steps"],
         "seconds": result.record["seconds"],
-        "before": {name: values[0] for name, values in metrics.items()},
+        "before": {name: values[0] for name, values in metrics.items() if is_before},
         "after": {name: values[-1] for name, values in metrics.items()},
+        "num_retain_evaluated": _num_evaluated(result, train_set, test_set),
         "delta": delta,
         "epsilon": epsilon,
-        "large_delta": large_delta(delta, num_examples) if has_epsilon else "",
+        "large_delta": large_delta(delta, len(train_set)) if has_epsilon else "",
         "guarantee": json.loads(result.guarantee.to_json()),
     }
 
@@ -500,19 +544,42 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
             f"{facts['out']}: the weights that honour every request "
             f"({WEIGHTS}), with what the last run claims for all of them."
         )
-    if facts["before"]:
-        rows = [(n, v, facts["after"][n]) for n, v in facts["before"].items()]
-        parts.append(table(("metric", "before", "after"), rows))
+    if facts["after"]:
+        parts.append(_metrics(facts))
     parts.append(result.guarantee.text(facts["delta"]))
     if facts["large_delta"]:
         parts.append(facts["large_delta"])
     if facts["also_of"]:
-        parts.append(shared_text(facts["also_of"]))
+        only = _OF_THIS_COMMAND * bool(facts.get("together_with"))
+        parts.append(shared_text(facts["also_of"]) + only)
     if "head" in facts and facts["carried_out"]:
         if result.guarantee.kind.startswith("certified") and facts["num_steps"]:
             parts += [LATER] * (not result.record["method"].endswith("rewind"))
         parts += _of_log(facts)
     return "\n\n".join(parts)
+
+
+def _metrics(facts: dict[str, Any]) -> str:
+    """Return the metrics as a table, and the sets that they were computed on.
+
+    Args:
+        facts: The answer for programs. Without metrics from before the run, the weights
+            of ``--weights`` were not used.
+    """
+    before, after = facts["before"], facts["after"]
+    header = ("metric", *["before"] * bool(before), "after")
+    rows = [
+        (name, *([before[name]] if before else []), value)
+        for name, value in after.items()
+    ]
+    if not facts["carried_out"]:
+        return table(header, rows)
+    return (
+        f"{table(header, rows)}\n"
+        f"Metrics of the retain set are of {facts['num_retain_evaluated']} examples, "
+        "drawn at random. All examples are read as --data and --test return them: with "
+        "random augmentation, if these have any."
+    )
 
 
 def _erased(number: int) -> str:

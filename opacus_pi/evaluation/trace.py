@@ -99,6 +99,11 @@ class UnlearningTrace(Shown):
             "metrics": ", ".join(self.metrics),
         }
 
+    @property
+    def begins_before(self) -> bool:
+        """Return whether the first evaluation was made before unlearning, at time 0."""
+        return bool(self.times) and self.times[0] == 0
+
     def __len__(self) -> int:
         """Return the number of evaluations."""
         return len(self.times)

@@ -14,6 +14,21 @@ def notes_of(error: Exception) -> str:
     return " ".join(map(str, getattr(error, "__notes__", more))).strip()
 
 
+def _beginning(error: Exception) -> str:
+    """Return the first line of an error, or the first sentences of those that it lists.
+
+    Opacus's validator raises one error with a list: one for each layer, and most of
+    them with the same long text.
+
+    Args:
+        error: Of Opacus or torch.
+    """
+    what = [*error.args, ""][0]
+    if isinstance(what, list):
+        return "; ".join(dict.fromkeys(str(one).split(". ")[0] for one in what))
+    return [*str(what).splitlines(), ""][0]
+
+
 def failed_update(error: Exception, mode: str) -> str:
     """Say with which error an update failed, and what to do.
 
@@ -28,7 +43,7 @@ def failed_update(error: Exception, mode: str) -> str:
     >>> failed_update(RuntimeError("no rule for Net"), "hooks")[-33:]
     'yet, try grad_sample_mode="fast".'
     """
-    first, *_ = [*str([*error.args, ""][0]).splitlines(), ""]
+    first = _beginning(error)
     other = "hooks" if mode == "fast" else "fast"
     if notes := notes_of(error):  # a cause that was found, and its remedy
         remedy = notes

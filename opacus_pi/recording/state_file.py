@@ -18,7 +18,7 @@ from opacus_pi.files.checksummed_state import verified_state, with_checksum
 from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.torch_file import read_torch_file, require_bounded
 
-_FORMAT = "opacus_pi.TrainingState.v1"
+STATE_FORMAT = "opacus_pi.TrainingState.v1"
 _RESTORE = "Restore it from a copy, or rewind to an earlier state."
 
 
@@ -38,7 +38,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> int:
     content = copied(state)
     checksum = with_checksum(dict(_leaves("", content)))["checksum"]
     with replacing(path) as file:
-        whole = {"format": _FORMAT, "checksum": checksum, "state": content}
+        whole = {"format": STATE_FORMAT, "checksum": checksum, "state": content}
         torch.save(whole, file)  # what weights_only=True accepts
     return path.stat().st_size
 
@@ -72,7 +72,7 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path} must be a saved state, got a damaged file ({error}). {_RESTORE}"
         ) from error
     expect(
-        isinstance(found, dict) and found.get("format") == _FORMAT,
+        isinstance(found, dict) and found.get("format") == STATE_FORMAT,
         "checkpoints",
         path,
         "must be a state that Recorder(checkpoints=...) saved",

@@ -175,13 +175,13 @@ def _metrics(
         oracle: The metrics of retrained models by name, maybe none.
 
     Returns:
-        For each metric ``name``, ``before``, ``after``, and what ``_oracle_facts``
-        returns if retrained models have it.
+        For each metric ``name``, ``before`` (None if nothing was evaluated then),
+        ``after``, and what ``_oracle_facts`` returns if retrained models have it.
     """
     return [
         {
             "name": name,
-            "before": values[0],
+            "before": values[0] if trace.begins_before else None,
             "after": values[-1],
             **(_oracle_facts(trace, name, oracle) if name in oracle else {}),
         }

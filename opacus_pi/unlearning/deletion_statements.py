@@ -73,6 +73,8 @@ class DeletionStatement(Shown):
             row. Empty if there were none that count, or they are not known.
         num_forgotten_exactly: If there were, how many of the examples a rewind forgot
             exactly and no run has used since.
+        num_requested: Number of examples that the requests of this run name; 0 if that
+            is not known.
 
     Raises:
         ValueError: If δ is outside (0, 1), or the guarantee has an estimate.
@@ -87,6 +89,7 @@ class DeletionStatement(Shown):
     weights_file: str = ""
     earlier_runs: tuple[tuple[str, int], ...] = ()
     num_forgotten_exactly: int = 0
+    num_requested: int = 0
 
     def __post_init__(self) -> None:
         check_delta(self.delta)
@@ -112,11 +115,13 @@ class DeletionStatement(Shown):
             }
         least = self.guarantee.least_order(self.delta)
         order, divergence = (None, None) if least is None else least
+        own = {"num_requested": self.num_requested} if self.num_requested else {}
         return {
             "format": _FORMAT,
             "requests": list(self.requests),
             "finished": self.finished,
             "num_forgotten": self.num_forgotten,
+            **own,
             **sequence,
             "weights": self.weights,
             "weights_file": self.weights_file,
@@ -158,6 +163,7 @@ class DeletionStatement(Shown):
                 str(content["weights_file"]),
                 tuple((str(a), int(b)) for a, b in content.get("earlier_runs", ())),
                 int(content.get("num_forgotten_exactly", 0)),
+                int(content.get("num_requested", 0)),
             )
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
@@ -198,13 +204,18 @@ class DeletionStatement(Shown):
         names = ", ".join(map(in_one_line, self.requests))
         about = f"request{'s' * (len(self.requests) > 1)} {names}"
         ended = f"The run ended at {in_one_line(self.finished)}. " * bool(self.finished)
-        size = f"{self.num_forgotten} example{'s' * (self.num_forgotten != 1)}"
+        size = _examples(self.num_forgotten)
+        about_these = ""
+        if names and self.num_requested:
+            several = len(self.requests) > 1
+            start = "These requests together ask" if several else "This request asks"
+            about_these = f"{start} to forget {_examples(self.num_requested)}. "
         lines = [
             f"Statement about the deletion {about}."
             if names
             else "Statement about a deletion that is in no deletion log.",
-            f"{ended}The model was to forget {size}, those of earlier requests "
-            "included.",
+            f"{about_these}{ended}The model was to forget {size}, those of earlier "
+            "requests included.",
             *self._of_earlier_runs(),
         ]
         for what, digest in (("file", self.weights_file), ("weights", self.weights)):
@@ -253,6 +264,11 @@ class DeletionStatement(Shown):
         return "\n".join(lines)
 
 
+def _examples(number: int) -> str:
+    """Return a number of examples in words."""
+    return f"{number} example{'s' * (number != 1)}"
+
+
 def deletion_statement(
     result: UnlearningResult,
     delta: float,
@@ -291,4 +307,5 @@ def deletion_statement(
         "" if weights_path is None else sha256_of(Path(weights_path)),
         runs,
         len(record.get("forgotten_exactly", ())) if runs else 0,
+        len(set(record.get("forget_indices", ()))) if record.get("requests") else 0,
     )

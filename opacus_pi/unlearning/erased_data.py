@@ -270,12 +270,35 @@ def _refusal(states: list[Remaining], data_set: Any, fitting: list[Remaining]) -
         return (
             f"The data set has {size} examples, but the training set of the deletion "
             f"log has {total}, of which {_numbers(states)} remain after its requests."
+            f"{_by_number(states, size)}"
         )
     gone = len(fitting[0].forgotten)
     return (
         f"The data set has {size} examples, but they are not those of the training set "
         f"of the deletion log: the {total - gone} that remain after {gone} were "
         f"forgotten differ in {_difference(fitting[0], data_set)}."
+    )
+
+
+def _by_number(states: list[Remaining], size: int) -> str:
+    """Return what the number of examples suggests; empty if it suggests nothing.
+
+    Args:
+        states: What the log says, latest first.
+        size: Number of examples at hand, which fits no state.
+    """
+    total, gone = states[0].num_examples, len(states[0].forgotten)
+    least = total - gone
+    if size > total:
+        return (
+            f" These are {size - total} too many: leave out what was added since the "
+            "training."
+        )
+    if size < least:
+        return f" {least - size} of those that must remain are missing."
+    return (
+        f" If none of these is missing, {size - least} of the {gone} forgotten "
+        "examples are still there: erase them, too."
     )
 
 

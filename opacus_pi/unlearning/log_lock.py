@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from opacus_pi._errors import LogInUseError
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
@@ -20,7 +22,7 @@ def locked(path: Path) -> Iterator[None]:
         path: The deletion log.
 
     Raises:
-        RuntimeError: If another process carries out requests.
+        LogInUseError: If another process carries out requests.
         OSError: If the lock file cannot be opened.
     """
     place = f"{path}.lock"
@@ -40,9 +42,9 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RuntimeError(
+            raise LogInUseError(
                 f"{path}: another process is carrying out requests. "
-                "Wait until it is done."
+                "Wait until it is done, and repeat this."
             ) from error
         yield
     finally:

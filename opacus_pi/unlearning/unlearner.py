@@ -80,7 +80,7 @@ from opacus_pi.unlearning.watching import Evaluate, Watch
 
 _FINE_TUNE = FineTune()
 _NOTHING_NEW = (
-    "Every example of forget_indices was forgotten before: nothing new is forgotten. "
+    "Every example to forget was forgotten before: nothing new is forgotten. "
     "The model is only trained further on the rest."
 )
 _OTHER_WEIGHTS = (
@@ -89,11 +89,11 @@ _OTHER_WEIGHTS = (
     "has no number."
 )
 _KEPT = (
-    "Every example of forget_indices was forgotten before: nothing new is forgotten, "
+    "Every example to forget was forgotten before: nothing new is forgotten, "
     "and nothing is trained again."
 )
 _STAYS = (
-    "Every example of forget_indices was forgotten before, by a rewind that left the "
+    "Every example to forget was forgotten before, by a rewind that left the "
     "weights of this model. These weights are kept: nothing is trained again."
 )
 _NOT_USED = (
@@ -103,7 +103,7 @@ _NOT_USED = (
     "ledger and the checkpoints of its training."
 )
 _REWOUND_AGAIN = (
-    "Every example of forget_indices was forgotten before. But this model is not known "
+    "Every example to forget was forgotten before. But this model is not known "
     "to be what such a rewind leaves for all examples that were forgotten so far: it "
     "was trained further, or another kind of run forgot some of them. So the rewind is "
     "made again."
@@ -513,7 +513,9 @@ class Unlearner:
                 model and the optimizer as Opacus prepares them, if training was
                 private. It must call ``optimizer.step()`` once.
             collate_fn: Makes a batch of a list of items. Default: torch's.
-            evaluate: ``model -> dict`` of numbers, called before and after.
+            evaluate: ``model -> dict`` of numbers, called before and after; only after
+                the run if the weights of the model are of no known run, which a warning
+                says: they are not used.
 
         Returns:
             Model, trace, guarantee and record.
@@ -546,7 +548,7 @@ class Unlearner:
             **({"num_steps": 0, "start": None} if stays else {}),
         }
         self.trace, clock = UnlearningTrace(unit="epochs"), time.perf_counter()
-        self._evaluate_at(0, evaluate)
+        self._evaluate_at(0, None if self._is_other(training) else evaluate)
         if rerun is not None:
             steps = _of_own_parameters(rerun.run(), rerun.model, self._live)
             for _ in tqdm(steps, total=plan.num_updates, disable=None):
@@ -631,9 +633,17 @@ class Unlearner:
             states_of(checkpoints),
             replace(self._engine_facts, data_set=data_set),
         )
-        if data_set is not None and training.has_other_weights(self.history.left):
+        if data_set is not None and self._is_other(training):
             warnings.warn(_NOT_USED, stacklevel=3)
         return training
+
+    def _is_other(self, training: RecordedTraining) -> bool:
+        """Return whether the weights are of no known run, so that a rewind drops them.
+
+        Args:
+            training: The recorded training.
+        """
+        return training.has_other_weights(self.history.left)
 
     def _claim(
         self,

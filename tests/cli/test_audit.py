@@ -14,6 +14,12 @@ def mixing():
     return torch.nn.Sequential(torch.nn.Linear(64, 10), torch.nn.Softmax(dim=0))
 
 
+def normed():
+    norms = torch.nn.BatchNorm2d(1), torch.nn.BatchNorm2d(1)
+    ends = torch.nn.Flatten(), torch.nn.Linear(64, 10)
+    return torch.nn.Sequential(torch.nn.Unflatten(1, (1, 8, 8)), *norms, *ends)
+
+
 one_example = [(torch.zeros(64), torch.tensor(1))]
 """
 
@@ -49,6 +55,14 @@ def test_what_cannot_be_accounted_for_is_exit_code_1(own, run, change, row):
     code, out, err = run("audit", *ARGUMENTS, *change)
     assert (code, err) == (1, "") and "FAILED" in out.splitlines()[0]
     assert any(line.split()[:2] == [row, "FAILED"] for line in out.splitlines()[1:])
+
+
+def test_batch_norm_has_a_remedy_and_is_named_once(own, run):
+    code, out, _ = run("audit", *ARGUMENTS, "--model", "cli_own:normed")
+    (norms,) = (line for line in out.splitlines() if line.startswith("  norms"))
+    assert code == 1 and norms.count("BatchNorm cannot support training") == 1, out
+    assert "opacus_pi.compatible.make_compatible(module)" in out
+    assert "engine.make_monitored" in out and "ShouldReplaceModuleError" not in out
 
 
 def test_one_example_cannot_be_compared(own, run):

@@ -188,7 +188,8 @@ def test_what_is_checked_of_the_file_is_said(run, owners):
     [
         (
             ("--forget-person", "p04", "--request-id", "x"),
-            "--request-id: it names one request, but each of the 2 persons gets a",
+            "Leave it out: then each request has a random name, which is printed. To "
+            "choose the names, call 'opacus-pi log submit' with --request-id once for",
         ),
         (("--request-id", "p03"), "--request-id: it is the person's id"),
     ],
@@ -276,6 +277,10 @@ def test_a_file_made_again_after_photos_were_erased(run, answer, owners, tmp_pat
         assert code == 2 and "erased since" in err
         assert (tmp_path / "d.db").read_bytes() == before
     owners_file(owners, {"p05": [20]})  # the file of before
+    evaluate = ["cli_project:without_erased" if w == DATA[1] else w for w in EVALUATE]
+    code, _, err = run(*evaluate, "--owners", owners, "--forget-person", "p05")
+    assert code == 2 and "add --log with the deletion log that names them" in err
+    answer(*evaluate, *log, "--owners", owners, "--forget-person", "p05")
     answer(*words, "--out", tmp_path / "second")
     record = json.loads((tmp_path / "second" / "record.json").read_text())
     assert record["forget_indices"] == [20]
@@ -343,6 +348,15 @@ def test_an_example_of_two_persons_is_forgotten_for_both(run, answer, owners, tm
     answer(*UNLEARN, *bob, "--log", log, "--out", tmp_path / "b")
     shown = json.loads((tmp_path / "b" / "guarantee_to_show.json").read_text())
     assert shown["num_forgotten"] == 3  # 3, 17 and 20: each once
+    assert shown["num_requested"] == 2
+
+    answer("log", "submit", log, "--forget", "50")
+    owners_file(owners, {"ann": [3, 17], "bob": [17, 20], "eve": [40], "tom": [40]})
+    eve = ("--forget-person", "eve", *file)
+    out = run(*UNLEARN, *eve, "--log", log, "--out", tmp_path / "c")[1]
+    assert "Also of other persons (tom): example 40." in out
+    assert "This is about the examples that this command names" in out
+    owners_file(owners, {"ann": [3, 17], "bob": [17, 20], "eve": [40]})
 
     both = (*ann, "--forget-person", "bob")
     assert answer(*PLAN, *both)["also_of"] == {}  # all of its owners ask

@@ -1,5 +1,6 @@
 """Unlearning from the command line: the library's run, whole files or none."""
 
+import errno
 import json
 import stat
 import sys
@@ -10,8 +11,10 @@ import safetensors.torch
 import torch
 
 from opacus_pi import Guarantee, Langevin, Unlearner
+from opacus_pi.cli import unlearn
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.unlearning.deletion_log import verify
+from opacus_pi.unlearning.log_lock import locked
 from opacus_pi.unlearning.requests import DeletionRequests
 from tests.cli.conftest import DATA, MODEL
 
@@ -220,6 +223,46 @@ def test_errors_leave_nothing(run, tmp_path, words, message):
     code, out, err = run(*UNLEARN, *words, "--out", tmp_path / "run")
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
     assert leftovers(tmp_path) == []
+
+
+def test_a_full_disk_after_the_run_loses_nothing(run, answer, tmp_path, monkeypatch):
+    words = (*UNLEARN, "3", "--log", tmp_path / "d.db", "--request-id", "x")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(unlearn, "save_result", full)
+        code, out, err = run(*words, "--out", tmp_path / "a")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "The request was carried out, and nothing is lost" in err
+    assert "with another --out" in err and not (tmp_path / "a").exists()
+    found = answer(*words, "--out", tmp_path / "b")
+    assert found["done_before"] == ["x"]
+    shown = json.loads((tmp_path / "b" / "guarantee_to_show.json").read_text())
+    assert shown["requests"] == ["x"] and (tmp_path / "b" / "record.json").exists()
+
+
+def test_a_second_command_at_once_enters_nothing(run, answer, tmp_path):
+    log = tmp_path / "d.db"
+    answer("log", "submit", log, *DATA[:2], "--forget", "3")
+    head = verify(log).head
+    with locked(log):
+        words = ("5", "--log", log, "--out", tmp_path / "a")
+        code, out, err = run(*UNLEARN, *words)
+    assert (code, out) == (1, "") and "another process is carrying out requests" in err
+    assert "repeat this. Nothing was entered." in err and "--traceback" not in err
+    assert verify(log).head == head
+
+
+def test_the_metrics_say_on_what_they_are(run, answer, tmp_path):
+    words = (*UNLEARN, "3,5")
+    out = run(*words, "--out", tmp_path / "a")[1]
+    found = answer(*words, "--out", tmp_path / "b")
+    number = found["num_retain_evaluated"]
+    assert 0 < number <= 118
+    assert f"Metrics of the retain set are of {number} examples, drawn at r" in out
+    assert "with random augmentation, if these have any" in out
 
 
 def test_results_are_never_overwritten(run, tmp_path):

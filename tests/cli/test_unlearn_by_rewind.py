@@ -232,6 +232,15 @@ def test_other_weights_are_not_kept_and_nothing_is_entered(
     assert "The weights of this model are not those that the recorded" in err
     found = json.loads(out)
     assert found["epsilon"] == 0 and found["num_steps"] == 6
+    # Metrics of weights that were not used would describe no model of this training.
+    assert found["before"] == {} and found["after"].keys() >= {"test_accuracy"}
+    code, out, _ = run(*head, "--forget", example, "--out", tmp_path / "b")
+    assert code == 0 and "before" not in out.split("certified")[0].split("\n\n")[1]
+    more = ("--ledger", folder / "ledger.safetensors", "--out", tmp_path / "r.html")
+    code, _, err = run("report", tmp_path / "b", *more)
+    assert code == 0
+    facts = json.loads((tmp_path / "r.json").read_text())
+    assert {m["before"] for m in facts["unlearning"]["metrics"]} == {None}
 
 
 def test_fine_tuned_weights_of_the_log_are_not_kept(run, answer, trained, tmp_path):

@@ -20,6 +20,7 @@ from opacus_pi.files.checksummed_state import with_checksum
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS, FileKind
 from opacus_pi.files.weights_file import write_weights
 from opacus_pi.integration.checkpoints import CHECKPOINT_KEY
+from opacus_pi.recording.state_file import write_state
 from opacus_pi.recording.weights import save_weights
 from opacus_pi.unlearning.deletion_log import DeletionLog
 from opacus_pi.unlearning.log_export import export_log
@@ -123,6 +124,21 @@ def test_whole_and_damaged(run, answer, project, tmp_path, kind):
     path.write_bytes(content[: len(content) // 2])
     code, out, err = run("verify", path, "--json")
     assert code == 1 and json.loads(out)["verified"] is False
+
+
+def test_a_saved_state_is_recognised(run, answer_of, tmp_path):
+    state = {"num_steps": 3, "model": {"weight": torch.ones(40)}}
+    path = tmp_path / "state-00000003.pt"
+    write_state(path, state)
+    code, found = answer_of(path)
+    assert (code, found["kind"]) == (0, "saved state of a training")
+    whole = path.read_bytes()
+    ones = torch.ones(40).numpy().tobytes()
+    for damaged in (whole.replace(ones, ones[:-4] + bytes(4)), whole[:-30]):
+        assert damaged != whole
+        path.write_bytes(damaged)
+        code, found = answer_of(path)
+        assert (code, found["kind"]) == (1, "saved state of a training")
 
 
 def test_the_head_of_a_record(run, tmp_path):

@@ -34,6 +34,7 @@ RECORD = {
 # The keys that how-to/regulator.md lists.
 KEYS = {
     *("format", "requests", "finished", "num_forgotten", "weights", "weights_file"),
+    "num_requested",
     *("kind", "exact", "too_large", "epsilon", "reverse_epsilon", "delta"),
     *("order", "divergence", "in_words", "guarantee", "checksum"),
 }
@@ -58,6 +59,7 @@ def test_it_names_the_requests_the_date_and_the_weights(tmp_path):
         "requests": ["2026-001", "2026-002"],
         "finished": RECORD["finished"],
         "num_forgotten": 3,
+        "num_requested": 2,
         "weights": "sha256:1234",
         "weights_file": digest,
         "kind": "certified if",
@@ -78,7 +80,22 @@ def test_it_names_the_requests_the_date_and_the_weights(tmp_path):
     text = str(found)
     for part in ("2026-001, 2026-002", RECORD["finished"], digest, "3 examples"):
         assert part in text
+    assert "These requests together ask to forget 2 examples. The run ended" in text
     assert "1 of them are declared" in text and SECRET.statement in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"requests": ["2026-001"]}, "This request asks to forget 2 examples. The run"),
+        ({"requests": []}, "in no deletion log.\nThe run ended"),
+        ({"requests": ["2026-001"], "forget_indices": [5]}, "to forget 1 example. The"),
+    ],
+)
+def test_the_number_of_the_requests_own_examples_is_said_if_known(change, words):
+    found = deletion_statement(result(record={**RECORD, **change}), 1e-5)
+    assert words in str(found)
+    assert DeletionStatement.from_json(found.to_json()) == found
 
 
 def test_what_is_the_owners_alone_is_not_in_it():

@@ -219,6 +219,20 @@ def test_anything_else_is_refused(tmp_path, left):
     assert mine.log.head == before
 
 
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        ([0] * (SIZE + 2), "These are 2 too many: leave out what was added since"),
+        (kept(2, 5, 7), "1 of those that must remain are missing"),
+        (kept(2), "1 of the 2 forgotten examples are still there"),
+    ],
+)
+def test_the_number_of_examples_says_what_is_wrong(tmp_path, left, words):
+    mine = carried_out(tmp_path, tensors(), [5, 2])
+    with pytest.raises(ValueError, match=words):
+        mine.erased(Subset(tensors(), left))
+
+
 def test_a_changed_photo_is_refused(tmp_path, folder):
     mine = carried_out(tmp_path, Photos(folder), range(4))
     erase(folder, "p0")

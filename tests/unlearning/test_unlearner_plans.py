@@ -157,7 +157,7 @@ def assert_promises_no_more(plan, run, size=30):
         ([1, 8], [8], "All of them were forgotten before: nothing new to forget."),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Every example of forget_indices")
+@pytest.mark.filterwarnings("ignore:Every example to forget")
 def test_a_plan_never_promises_more_than_the_run(before, request_, line):
     mine = unlearner(ledger=ledger_of(data()))
     if before:
