@@ -151,7 +151,12 @@ class TrainingTaps:
             self._parameter_hooks.popitem()[1].remove()
 
     def clear(self) -> None:
-        """Drop the caches, except that of a forward pass awaiting its backward pass."""
+        """Drop the caches, except that of a forward pass awaiting its backward pass.
+
+        A pass that was interrupted has left weights frozen. They are trainable again
+        afterwards, so that Opacus, which skips frozen ones, clears their sums, too.
+        """
+        self._close()
         if self._latest in self.caches:
             self._latest = None
         self.caches, self._reached = [], []

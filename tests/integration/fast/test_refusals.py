@@ -213,6 +213,7 @@ def test_an_interrupted_forward_pass_leaves_weights_trainable():
             one.model(x)
         handle.remove()
         one.optimizer.zero_grad()
+        assert all(p.summed_grad is None for p in one.net.parameters())
         one.batch(x, y)
         assert all(p.requires_grad for p in one.net.parameters())
 
