@@ -196,7 +196,8 @@ def read_owners(
             f"--owners: {path} was made for another data set, which differs from this "
             f"one in {differs}. Its positions may be those of other persons. Use the "
             "file that was made for this data set. If files were erased since, do not "
-            f"make it again from those that remain.{remedy}"
+            "make it again from those that remain. If files were added since, leave "
+            f"them out.{remedy}"
         )
     return owners
 

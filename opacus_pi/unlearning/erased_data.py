@@ -297,8 +297,8 @@ def _by_number(states: list[Remaining], size: int) -> str:
     if size < least:
         return f" {least - size} of those that must remain are missing."
     return (
-        f" If none of these is missing, {size - least} of the {gone} forgotten "
-        "examples are still there: erase them, too."
+        f" If none of these is missing and no file was added, {size - least} of the "
+        f"{gone} forgotten examples are still there: erase them, too."
     )
 
 

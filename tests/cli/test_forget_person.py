@@ -280,6 +280,7 @@ def test_a_file_made_again_after_photos_were_erased(run, answer, owners, tmp_pat
     evaluate = ["cli_project:without_erased" if w == DATA[1] else w for w in EVALUATE]
     code, _, err = run(*evaluate, "--owners", owners, "--forget-person", "p05")
     assert code == 2 and "add --log with the deletion log that names them" in err
+    assert "If files were added since, leave them out" in err
     answer(*evaluate, *log, "--owners", owners, "--forget-person", "p05")
     answer(*words, "--out", tmp_path / "second")
     record = json.loads((tmp_path / "second" / "record.json").read_text())

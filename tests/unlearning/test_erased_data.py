@@ -224,7 +224,7 @@ def test_anything_else_is_refused(tmp_path, left):
     [
         ([0] * (SIZE + 2), "These are 2 too many: leave out what was added since"),
         (kept(2, 5, 7), "1 of those that must remain are missing"),
-        (kept(2), "1 of the 2 forgotten examples are still there"),
+        (kept(2), "no file was added, 1 of the 2 forgotten examples are still"),
     ],
 )
 def test_the_number_of_examples_says_what_is_wrong(tmp_path, left, words):
