@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from opacus_pi import GradNormLedger, Guarantee, NoisySGD
 from opacus_pi.accounting import epsilon_limits, epsilons, privacy_losses
 from opacus_pi.accounting.composed_epsilon import composed_worst_case
-from opacus_pi.accounting.guarantee import Assumption, rounded_up
+from opacus_pi.accounting.guarantee import Assumption, EpsilonDelta, rounded_up
 from opacus_pi.difficulty.forget_sets import ranking, top_k
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.files.strict_json import json_text
@@ -191,6 +191,16 @@ def test_the_card_gives_no_limit_if_none_is_proved(tmp_path):
     )
     card = page.text[: page.text.index(" Guarantee ")]
     assert "empirical, no ε at δ = 1e-05" in card and "≤" not in card
+
+
+def test_the_card_of_an_exact_rewind_says_that_epsilon_is_0(tmp_path):
+    exact = EpsilonDelta(0.0, 0.0, "exact rewind", True)
+    met = Assumption("plain words", True, "")
+    guarantee = Guarantee("exact rewind", (met,), statements=(exact,))
+    result = replace(make_result(), guarantee=guarantee)
+    page, _ = read(tmp_path / "r.html", ledger=make_ledger(), result=result)
+    card = page.text[: page.text.index(" Guarantee ")]
+    assert ", ε = 0 at δ = 1e-05" in card and "≤" not in card
 
 
 def test_never_reached_is_said(tmp_path):

@@ -116,7 +116,7 @@ Withdraw a request that is pending: no run will carry it out. The log keeps the
 request, and gets an entry that says that it was withdrawn, when and why. Its
 name cannot be used again. What was carried out cannot be withdrawn.""",
     examples="""\
-  opacus-pi log withdraw deletions.db --request-id 2026-001 \\
+  opacus-pi log withdraw deletions.db --request-id 2026-002 \\
       --reason "wrong positions\"""",
     arguments=(
         _FILE,

@@ -183,9 +183,9 @@ def _card(facts: Facts) -> dict[str, str]:
     guarantee, size = run["guarantee"], run["forget_set"]["size"]
     claim = guarantee["kind"]
     if run["epsilon"] is not None:
-        finite = math.isfinite(float(run["epsilon"]))
-        limit = f"ε ≤ {_bound(run['epsilon'])}" if finite else "no ε"
-        claim += f", {limit} at δ = {run['delta']:g}"
+        epsilon = float(run["epsilon"])
+        limit = f"ε ≤ {_bound(epsilon)}" if math.isfinite(epsilon) else "no ε"
+        claim += f", {limit if epsilon else 'ε = 0'} at δ = {run['delta']:g}"
     return {
         "asked": f"forget {size} examples" if size != 1 else "forget one example",
         "done": f"{run['method'] or 'not named'}",
