@@ -136,8 +136,8 @@ REDACT = Command(
     description="""\
 Remove the name, the person and the examples of a request from the log, for
 good. The request must have been carried out or withdrawn. That there was one,
-and when that was, stays in the log. Copies and exports of the log and the records
-of runs are not changed: remove them yourself. This cannot be undone.
+and when that was, stays in the log. Copies and exports of the log and the
+records of runs are not changed: remove them yourself. This cannot be undone.
 
 Once two requests are redacted, the log cannot tell their examples apart: from
 then on, erase the files of all redacted requests, or of none of them. If a
