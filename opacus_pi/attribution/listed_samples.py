@@ -15,6 +15,7 @@ shapes.
 list of tensors that are each made of all items, have the shapes of items, and are as
 many as the items is taken for a list of samples.
 
+>>> from opacus_pi.attribution.item_fingerprints import fingerprint_items
 >>> import torch
 >>> items = [(torch.tensor([[1.0, 2.0]]), 0), (torch.tensor([[3.0, 4.0]]), 1)]
 >>> batch = tuple(zip(*items))
