@@ -286,26 +286,26 @@ def _unregistered_weights(model: nn.Module) -> Iterator[tuple[str, _Place]]:
     Modules are looked for in the attributes of the layers, and in the lists, tuples and
     dictionaries among them, but not in lists of lists.
     """
-    seen = {id(part) for part in (*model.modules(), *model.parameters())}
-    for prefix, layer in model.named_modules():
-        start = f"{prefix}." if prefix else ""
-        for key, value in vars(layer).items():
-            if key in _TABLES_OF_TORCH:
-                continue
-            for place, module in _held_modules(value):
-                for inner, part in module.named_modules():
-                    if id(part) in seen:
-                        continue
-                    seen.add(id(part))
-                    reference, inside = weakref.ref(part), f"{inner}." if inner else ""
-                    for name, weight in part.named_parameters(recurse=False):
-                        if weight.requires_grad and id(weight) not in seen:
-                            seen.add(id(weight))
-                            full = f"{start}{key}{place}.{inside}{name}"
-                            yield full, (reference, own_parameters, name)
+    known = {id(weight) for weight in model.parameters()}
+    for start, module in _unregistered_modules(model):
+        for prefix, part in module.named_modules(prefix=start):
+            for name, weight in part.named_parameters(recurse=False):
+                if weight.requires_grad and id(weight) not in known:
+                    known.add(id(weight))
+                    yield f"{prefix}.{name}", (weakref.ref(part), own_parameters, name)
 
 
 _TABLES_OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
+
+
+def _unregistered_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in attributes of the layers, with names such as ``enc[0]``."""
+    for prefix, layer in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        for key, value in vars(layer).items():
+            if key not in _TABLES_OF_TORCH:
+                for place, module in _held_modules(value):
+                    yield f"{start}{key}{place}", module
 
 
 def _held_modules(value: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -31,18 +31,28 @@ class Centred(nn.Module):
         return self.linear(x - self.mean - self.offset - shift)
 
 
-def trained(write):
-    """Train for four updates; ``write`` gets the module and inputs before each."""
+def private(module, weights, **options):
+    """Return an engine, and what it prepared for 24 examples in batches of 6."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(24, 5), torch.randint(0, 3, (24,)))
-    module, engine = Centred(), PrivacyEngine()
-    model, optimizer, loader = engine.make_private(
+    engine = PrivacyEngine()
+    made = engine.make_private(
         module=module,
-        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        optimizer=torch.optim.SGD(weights, lr=0.1),
         data_loader=DataLoader(data, 6),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
-        poisson_sampling=False,
+        **options,
+    )
+    return engine, *made
+
+
+def trained(write):
+    """Train for four updates; ``write`` gets the module and inputs before each."""
+    torch.manual_seed(0)
+    module = Centred()
+    engine, model, optimizer, loader = private(
+        module, module.parameters(), poisson_sampling=False
     )
     for x, y in loader:
         write(module, x)
@@ -321,16 +331,8 @@ class Measured(nn.Module):
 
 
 def link_of(module, add):
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(24, 5), torch.randint(0, 3, (24,)))
-    engine = PrivacyEngine()
-    model, optimizer, loader = engine.make_private(
-        module=module,
-        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-        data_loader=DataLoader(data, 6),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        poisson_sampling=False,
+    engine, model, optimizer, loader = private(
+        module, module.parameters(), poisson_sampling=False
     )
     for x, y in loader:
         optimizer.zero_grad()
@@ -417,16 +419,7 @@ class Hidden(nn.Module):
 
 
 def weights_after(module, change):
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(24, 5), torch.randint(0, 3, (24,)))
-    engine = PrivacyEngine()
-    model, optimizer, loader = engine.make_private(
-        module=module,
-        optimizer=torch.optim.SGD(module.linear.parameters(), lr=0.1),
-        data_loader=DataLoader(data, 6),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )
+    engine, model, optimizer, loader = private(module, module.linear.parameters())
     for x, y in loader:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
