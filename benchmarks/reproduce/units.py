@@ -29,6 +29,10 @@ from opacus_pi.difficulty.agreement import rank_correlations, rank_stability
 from opacus_pi.evaluation import OracleCache, evaluate
 from opacus_pi.unlearning.search import search_settings
 
+# metrics that settings must not lower on the way: a run that damages what is retained
+# and repairs it later is fast, and no unlearning
+HELD = ("retain_accuracy",)
+
 
 class Unit:
     """One independent job with a stored result."""
@@ -189,6 +193,7 @@ class Search(Unit):
         """Return experiment, method (with the file of an own one), searched ranges."""
         ranges = candidate(self.method).ranges
         found = self.experiment.facts() | {"method": self.method, "ranges": ranges}
+        found |= {"held": list(HELD)} if ranges else {}
         source = source_digest(self.method)
         return found | ({"method source": source} if source else {})
 
@@ -209,6 +214,7 @@ class Search(Unit):
             )[1],
             ranges,
             {name: [one[name] for one in measured] for name in measured[0]},
+            held=HELD,
             num_trials=self.experiment.num_trials,
         )
         trials = [asdict(trial) for trial in found.trials]

@@ -19,6 +19,11 @@ it, all settings look alike, and the search returns one of them by chance. Then
 
 To search anew for each forget set would make the times incomparable: a set could look
 easy because its search was lucky.
+
+A large learning rate can reach the retrained models at once because it destroys what
+the model knows, of retained images, too, and learns most of it again later. This is no
+unlearning. So the limits on utility and on overshooting hold at every evaluation of a
+run, not only after it.
 """
 
 import math
@@ -29,10 +34,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
+from opacus_pi.evaluation.gap import gap_path
 from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
 
 __all__ = ["SearchResult", "Trial", "fastest_good", "gap_to_oracle", "search_settings"]
@@ -41,7 +48,7 @@ Settings = dict[str, float]
 _DIVERGED = 1e3  # the gap that the optimizer gets for a run that diverged
 _STARTUP = 5  # random trials before the estimator chooses
 _LEAST_CLOSED = 0.01  # a smaller change of the gap is a few labels of the forget set
-_VIOLATED = 1.0  # added to the gap of a trial that lost utility, so that it ranks last
+_VIOLATED = 1.0  # added to the gap of a trial that broke a limit, so that it ranks last
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,21 @@ class Trial:
         gap: Distance from the retrained models after the run, at least 0; NaN or
             ``inf`` where the run diverged.
         time: Time to unlearn, in the trace's unit; ``inf``: never.
-        lost: How far the utility ended below that of the retrained models; 0: not at
-            all.
+        lost: How far the utility, or another metric held, was below that of the
+            retrained models, at the worst evaluation of the run; 0: not at all.
+        beyond: How far the run went beyond the retrained models, at the furthest
+            evaluation; 0: not at all.
     """
 
     settings: Settings
     gap: float
     time: float
     lost: float = 0.0
+    beyond: float = 0.0
+
+    def keeps(self, margin: float) -> bool:
+        """Whether the run never lost more than the margin, or went further beyond."""
+        return max(self.lost, self.beyond) <= margin
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,7 @@ def search_settings(
     *,
     privacy: str = "unlearning_accuracy",
     utility: str = "test_accuracy",
+    held: Sequence[str] = (),
     num_trials: int = 30,
     margin: float = 0.05,
     seed: int = 0,
@@ -100,10 +115,12 @@ def search_settings(
     """Search settings on a logarithmic scale, by a tree-structured Parzen estimator.
 
     The search minimises the gap: the mean over the two metrics of
-    abs(after the run - mean of the retrained models). Settings that cost utility, more
-    than ``margin`` below the retrained models, violate a constraint and rank last.
-    Among the trials that keep it and whose gap is within the margin of the smallest,
-    the one that unlearned fastest is chosen. The first five trials are random.
+    abs(after the run - mean of the retrained models). Settings rank last if, at any
+    evaluation after the start, they took the utility or a metric of ``held`` more than
+    ``margin`` below the retrained models, or went more than the margin beyond the
+    retrained models in ``privacy``. Among the other trials whose gap is within the
+    margin of the smallest, the one that unlearned fastest is chosen. The first five
+    trials are random.
 
     Args:
         run: Unlearns a forget set with some settings and returns its trace. The set
@@ -114,10 +131,12 @@ def search_settings(
         privacy: The metric that measures forgetting; its time to unlearn counts.
         utility: The metric that measures how well the model still performs; higher is
             better.
+        held: Further metrics, higher is better, that a run must not lower either; for
+            example ``["retain_accuracy"]``.
         num_trials: How many settings to try; with 10 or fewer, half of them or more
             are random.
-        margin: Largest excess gap, and largest loss of utility, in the metrics' own
-            units (0.05: five points).
+        margin: Largest excess gap, loss of utility and distance beyond the retrained
+            models, in the metrics' own units (0.05: five points).
         seed: Seed of the search.
 
     Returns:
@@ -149,7 +168,7 @@ def search_settings(
         asked = study.ask()
         settings = {k: asked.suggest_float(k, *r, log=True) for k, r in ranges.items()}
         trace = run(settings)
-        trial = _judged(settings, trace, oracle, (privacy, utility))
+        trial = _judged(settings, trace, oracle, (privacy, utility), held)
         before = _gap_at(0, trace, oracle, (privacy, utility))
         trials.append(trial)
         study.tell(asked, _objective(trial, margin))
@@ -173,20 +192,29 @@ def _judged(
     trace: UnlearningTrace,
     oracle: Mapping[str, ArrayLike],
     metrics: tuple[str, str],
+    held: Sequence[str],
 ) -> Trial:
-    """Return a run as a trial; a utility that is not a number is lost altogether."""
+    """Return a run as a trial; what is not a number counts as lost altogether."""
     privacy, utility = metrics
     gap = gap_to_oracle(trace, oracle, metrics)
     time = time_to_unlearn(trace, oracle, metric=privacy)
-    lost = float(np.mean(np.asarray(oracle[utility])) - trace[utility][-1])
-    return Trial(settings, gap, time, max(0.0, lost) if math.isfinite(lost) else 1.0)
+    lost = [-gap_path(trace, oracle, metric=name) for name in (utility, *held)]
+    past = gap_path(trace, oracle, metric=privacy)
+    beyond = -np.sign(past[0]) * past
+    return Trial(settings, gap, time, _worst(np.stack(lost)), _worst(beyond))
+
+
+def _worst(excess: NDArray[np.float64]) -> float:
+    """Return the largest value after the start, at least 0; 1 if one is not finite."""
+    during = excess[..., 1:]
+    return float(during.max(initial=0.0)) if np.isfinite(during).all() else 1.0
 
 
 def _objective(trial: Trial, margin: float) -> float:
     """Return what the estimator minimises: the gap, with penalties."""
     if not math.isfinite(trial.gap):
         return _DIVERGED
-    return trial.gap + (_VIOLATED if trial.lost > margin else 0.0)
+    return trial.gap + (0.0 if trial.keeps(margin) else _VIOLATED)
 
 
 def _noise(oracle: Mapping[str, ArrayLike], metrics: Sequence[str]) -> float:
@@ -246,11 +274,12 @@ def _gap_at(
 def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:
     """Return the fastest of the trials within the margin of the smallest gap.
 
-    Trials that lost more utility than the margin are left out, unless all did.
+    Trials that lost more utility than the margin, or went further beyond the retrained
+    models, are left out, unless all did.
 
     Args:
         trials: At least one with a finite gap.
-        margin: Largest excess gap and largest loss of utility, at least 0.
+        margin: Largest excess gap, loss of utility and distance beyond, at least 0.
 
     Returns:
         The trial; of equally fast ones that of the smallest gap.
@@ -267,7 +296,7 @@ def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:
         "must contain at least one that did not diverge",
         "Lower the ranges, first that of the learning rate.",
     )
-    kept = [trial for trial in finite if trial.lost <= margin] or finite
+    kept = [trial for trial in finite if trial.keeps(margin)] or finite
     least = min(trial.gap for trial in kept)
     good = [trial for trial in kept if trial.gap <= least + margin]
     return min(good, key=lambda trial: (trial.time, trial.gap))

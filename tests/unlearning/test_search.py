@@ -158,6 +158,62 @@ def test_lost_utility_counts_unless_all_lost_it():
     assert fastest_good([near]) is near
 
 
+def path_at(rate):
+    """Rates above 0.1 destroy the model at first, and unlearn fastest and best."""
+    high = rate > 0.1
+    return {
+        "unlearning_accuracy": [0.0, 0.5, 0.5] if high else [0.0, 2 * rate, 4 * rate],
+        "test_accuracy": [0.9, 0.9, 0.9],
+        "retain_accuracy": [1.0, 0.8 if high else 0.99, 1.0],
+    }
+
+
+def test_settings_that_damage_the_model_on_the_way_are_not_chosen():
+    pytest.importorskip("optuna")
+    ranges, oracle = {"learning_rate": (1e-3, 1.0)}, ORACLE | {"retain_accuracy": [1.0]}
+
+    def chosen(change=lambda rate, metrics: metrics, **options):
+        def run_at(settings):
+            rate = settings["learning_rate"]
+            return UnlearningTrace([0, 1, 2], change(rate, path_at(rate)))
+
+        found = search_settings(run_at, ranges, oracle, num_trials=25, **options)
+        return found.best
+
+    def repaired(rate, metrics):
+        return metrics | {"test_accuracy": [0.9, 0.8 if rate > 0.1 else 0.9, 0.9]}
+
+    def overshooting(rate, metrics):
+        path = [0.0, 0.7, 0.5] if rate > 0.1 else metrics["unlearning_accuracy"]
+        return metrics | {"unlearning_accuracy": path}
+
+    assert chosen().settings["learning_rate"] > 0.1  # nothing watches retained images
+    held = chosen(held=["retain_accuracy"])
+    assert 0.05 < held.settings["learning_rate"] <= 0.1
+    assert held.lost == pytest.approx(0.01) and held.beyond == 0
+    assert chosen(repaired).settings["learning_rate"] <= 0.1
+    assert chosen(overshooting).settings["learning_rate"] <= 0.1
+
+
+def test_a_metric_to_hold_must_be_known():
+    pytest.importorskip("optuna")
+    with pytest.raises(ValueError, match="other"):
+        search_settings(run, RANGES, ORACLE, held=["other"])
+
+
+def test_beyond_counts_on_the_far_side_only():
+    far, near = Trial({}, 0.0, 1, beyond=0.2), Trial({}, 0.2, 9)
+    assert fastest_good([far, near]) is near and fastest_good([far]) is far
+    pytest.importorskip("optuna")
+
+    def falling(settings):
+        metrics = {"unlearning_accuracy": [0.9, 0.6, 0.45], "test_accuracy": [0.9] * 3}
+        return UnlearningTrace([0, 1, 2], metrics)
+
+    (trial,) = search_settings(falling, RANGES, ORACLE, num_trials=1).trials
+    assert trial.beyond == pytest.approx(0.05) and trial.lost == 0
+
+
 def test_the_noise_is_that_of_the_mean_of_the_retrained_models():
     pytest.importorskip("optuna")
     found = search_settings(run, RANGES, ORACLE, num_trials=2)
