@@ -1,9 +1,10 @@
 """What is trained and forgotten: one description, used by every figure.
 
 An ``Experiment`` determines every number of a study. Its fields enter the keys under
-which results are stored. ``training_facts``, ``ranking_facts`` and ``facts`` return the
-fields that a model, a ranking or a measurement depends on: a field that does not affect
-a result must not enter its key, or the result would be computed again for nothing.
+which results are stored. ``training_facts``, ``ranking_facts``, ``evaluation_facts``
+and ``facts`` return the fields that a model, a ranking, the metrics of a model, or an
+unlearning run depend on: a field that does not affect a result must not enter its key,
+or the result would be computed again for nothing.
 """
 
 from dataclasses import dataclass, replace
@@ -69,8 +70,13 @@ class Experiment:
             "order": self.order,
         }
 
+    def evaluation_facts(self) -> Facts:
+        """What determines the metrics of a model, except seed and forget set."""
+        sizes = {"num_test": self.num_test, "num_probe": self.num_probe}
+        return self.training_facts() | sizes
+
     def facts(self) -> Facts:
-        """All fields: what determines a measurement."""
+        """All fields: what determines an unlearning run."""
         return facts_of(self)
 
     def with_noise(self, noise_std: float) -> "Experiment":

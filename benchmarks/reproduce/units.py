@@ -81,8 +81,9 @@ class Training(Unit):
     seed: int
 
     def facts(self) -> Facts:
-        """Return experiment and seed."""
-        return self.experiment.facts() | {"seed": self.seed}
+        """Return training, evaluation, rows of the ledger, and seed."""
+        own = {"seed": self.seed, "num_checkpoints": self.experiment.num_checkpoints}
+        return self.experiment.evaluation_facts() | own
 
     def compute(self, workspace: Workspace) -> dict[str, float]:
         """Return the accuracies on training and test images."""
@@ -106,9 +107,10 @@ class Oracle(Unit):
         return list(trainings(self.experiment))
 
     def facts(self) -> Facts:
-        """Return experiment, forget set and number of the oracle."""
+        """Return training, evaluation, forget set and number of the oracle."""
         forget = self.forget_set.facts(self.experiment)
-        return self.experiment.facts() | {"forget": forget, "number": self.number}
+        own = {"forget": forget, "number": self.number}
+        return self.experiment.evaluation_facts() | own
 
     def model(self, workspace: Workspace) -> nn.Module:
         """Return the retrained model, from the store if it is there."""
