@@ -46,7 +46,6 @@ from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audited_run import AuditedRun
 from opacus_pi.integration.audited_update import (
     TrainedLoss,
-    forward_with_precision,
     largest_gap,
     measuring,
     norms_of_copy,
@@ -54,6 +53,11 @@ from opacus_pi.integration.audited_update import (
     recorded_norms,
     rounding_of,
     times_as_large,
+)
+from opacus_pi.integration.failed_calls import (
+    failure_alone,
+    outputs_of_batch,
+    require_fitting,
 )
 from opacus_pi.integration.failed_updates import failed_update, notes_of
 from opacus_pi.integration.outputs_alone import compare_alone
@@ -64,10 +68,9 @@ from opacus_pi.models.batches import (
     inputs_and_targets,
     num_examples,
     rows_of,
-    tensors_of,
     to_device,
 )
-from opacus_pi.models.live_modules import ModelInCriterion, uncalled_by_criterion
+from opacus_pi.models.live_modules import uncalled_by_criterion
 from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.models.token_loss import warn_of_copied_labels
 from opacus_pi.recording import Recorder
@@ -109,17 +112,6 @@ _ALL_NOT_FINITE = (
     "inputs and the loss: one of them has infinite or NaN values for every example."
 )
 _NUM_NAMED = 5  # examples that a message lists
-_NOT_CALLED = (
-    "criterion(outputs, targets) fails for outputs of the shape {outputs} and targets "
-    "of the shape {targets}: {error}."
-)
-_TOKENS = (
-    "The model gives each example several labels. Pass TokenLoss() of "
-    "opacus_pi.integration.hugging_face as criterion, or TokenLoss(shift=True) for a "
-    "causal language model, and train with it: "
-    "Trainer(compute_loss_func=...), or the same call in your loop."
-)
-_FITTING = "Pass the criterion with which the loop computes its loss from the logits."
 _STATES = {True: "ok", False: "FAILED", None: "unknown"}
 _PASSED = {"checked": True, "unchecked": None, "broken": False}
 
@@ -198,7 +190,8 @@ def audit_batch(
     Raises:
         ValueError: If the batch has fewer than two examples, the mode leaves the
             gradients to the training loop, a copy of the model computes with the
-            parameters of the original, or the criterion calls the model.
+            parameters of the original, or the criterion calls the model; or if the
+            model fails on the batch, or the criterion on its outputs.
     """
     expect(
         run.mode != "no_op",
@@ -214,9 +207,9 @@ def audit_batch(
     warn_of_copied_labels(criterion, x, y)
     with measuring(), uncalled_by_criterion(model):
         loss = TrainedLoss(criterion, run)
-        outputs, precision = forward_with_precision(quiet_copy(model, run), x)
+        outputs, precision = outputs_of_batch(quiet_copy(model, run), x)
         rounding = rounding_of(model, precision)
-        expected = _norms_alone(model, loss, x, y, run, outputs)
+        expected, no_norms = _norms_alone(model, loss, x, y, run, outputs)
 
         def norms_of(places: Sequence[int]) -> Tensor:
             chosen = rows_of((x, y), places, size, dim)
@@ -224,7 +217,9 @@ def audit_batch(
 
         try:
             recorded = recorded_norms(model, loss, (x, y), run, new_engine)
-            row_of_norms = _compare_norms(recorded, expected, rounding, places)
+            row_of_norms = no_norms or _compare_norms(
+                recorded, expected, rounding, places
+            )
         except (RuntimeError, TypeError, ValueError) as error:  # as in training
             if isinstance(error, ValueError) and not notes_of(error):
                 raise  # about an argument
@@ -240,7 +235,11 @@ def audit_batch(
         repeated, tolerance = quiet_copy(model, run), rounding * 1e-2
         if what := changing_part(repeated, loss, x, y, tolerance):
             rows = _not_compared(rows, what)
-        elif row_of_norms.passed is False and bool(recorded.isfinite().all()):
+        elif (
+            row_of_norms.passed is False
+            and no_norms is None
+            and bool(recorded.isfinite().all())
+        ):
             quiet = quiet_copy(model, run)
             alone = compare_alone(quiet, x, outputs, size, dim, rounding)
             rows = _with_outputs_alone(rows, alone)
@@ -268,8 +267,8 @@ def _require_several(size: int) -> None:
 
 def _norms_alone(
     model: nn.Module, loss: TrainedLoss, x: Any, y: Any, run: AuditedRun, outputs: Any
-) -> Tensor:
-    """Return the norms of the examples alone, ``(b,)``.
+) -> tuple[Tensor, AuditRow | None]:
+    """Return the norms of the examples alone, ``(b,)``, all NaN if they have none.
 
     Args:
         model: The model.
@@ -279,42 +278,21 @@ def _norms_alone(
         run: How they are trained on.
         outputs: What the model returns for the inputs.
 
+    Returns:
+        The norms, and None; or NaN, and a row that says why there are none.
+
     Raises:
         ValueError: If the criterion cannot be called on the outputs.
     """
     try:
-        return norms_of_copy(model, loss, x, y, run)
+        return norms_of_copy(model, loss, x, y, run), None
     except MODEL_ERRORS:
-        _require_fitting(loss, outputs, y)
-        raise
-
-
-def _require_fitting(loss: TrainedLoss, outputs: Any, y: Any) -> None:
-    """Raise if a criterion cannot be called on the outputs of a batch.
-
-    Args:
-        loss: The criterion.
-        outputs: Of the model.
-        y: The targets.
-
-    Raises:
-        ValueError: If it cannot; the message has the shapes.
-    """
-    try:
-        loss(outputs, y)
-    except (CoupledLoss, ModelInCriterion):
-        return
-    except MODEL_ERRORS as error:
-        given, wanted = (tensors_of(tree) for tree in (outputs, y))
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
-        targets = ", ".join(str(tuple(tensor.shape)) for tensor in wanted)
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
-        is_tagged = len(given) == len(wanted) == 1 and (
-            given[0].dim() == 3 and given[0].shape[:2] == wanted[0].shape
-        )
-        remedy = _TOKENS if is_tagged else _FITTING
-        text = _NOT_CALLED.format(outputs=shapes, targets=targets, error=first)
-        raise ValueError(f"{text} {remedy}") from error
+        require_fitting(loss, outputs, y)
+        found = failure_alone(quiet_copy(model, run), loss, x, y, run.batch_dim)
+        if found is None:
+            raise
+        nothing = torch.full((num_examples(y),), torch.nan, dtype=torch.float64)
+        return nothing, AuditRow("norms", _PASSED[found.state], found.sentence)
 
 
 def _with_outputs_alone(

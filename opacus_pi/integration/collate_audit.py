@@ -100,6 +100,10 @@ _NOT_RUN = (
     "whether what it makes of an example depends on the others of its batch. Make it "
     "work for any items of the data set, and audit again."
 )
+_NO_NORMS = (
+    "There are no norms to compare, so it is not known whether what collate_fn makes of "
+    "an example depends on the others of its batch."
+)
 _NOT_MATCHED = (
     "The examples could not be found in what collate_fn returned, so it is not known "
     "whether what it makes of an example depends on the others of its batch. Transform "
@@ -150,7 +154,9 @@ def audit_items(
     if is_known:
         return audit
     row = AuditRow("batch", None, _NOT_RUN.format(error=problem))
-    if kept is not None:
+    if audit.expected.isnan().all():
+        row = AuditRow("batch", None, _NO_NORMS)
+    elif kept is not None:
         loss = TrainedLoss(criterion, run)
         try:
             with measuring():

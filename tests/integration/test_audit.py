@@ -176,6 +176,85 @@ def test_a_model_that_mixes_examples():
     assert len(x) == 6
 
 
+def untrained_norm():
+    return nn.BatchNorm1d(6, affine=False)
+
+
+ALONE = {
+    "trained BatchNorm": (lambda: net(nn.BatchNorm1d(6)), False, "make_compatible"),
+    "BatchNorm without weights": (
+        lambda: net(untrained_norm()),
+        False,
+        "BatchNorm in training mode ('1')",
+    ),
+    "statistics in forward": (
+        lambda: Calls(
+            lambda self, x: self.layer(F.batch_norm(x, None, None, training=True)),
+            layer=nn.Linear(5, CLASSES),
+        ),
+        None,
+        "The model runs on the batch of 6 examples but fails on one of them alone",
+    ),
+    "fixed number of rows": (
+        lambda: Calls(
+            lambda self, x: self.layer(x.view(6, 5)), layer=nn.Linear(5, CLASSES)
+        ),
+        None,
+        "Change the model so that one example can be a batch",
+    ),
+    "squeezed outputs": (
+        lambda: Calls(
+            lambda self, x: self.layer(x).squeeze(), layer=nn.Linear(5, CLASSES)
+        ),
+        None,
+        "Change the criterion so that one example can be a batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_model_that_fails_on_one_example_is_a_result(name):
+    make, passed, words = ALONE[name]
+    batch = data_set()[:6]
+    found = opacus_pi.audit(make(), nn.CrossEntropyLoss(), batch)
+    assert found["norms"].passed is passed and words in found["norms"].sentence
+    assert found.expected.isnan().all() and len(found.expected) == 6
+    mixes = name not in ("fixed number of rows", "squeezed outputs")
+    assert found["model"].passed is not mixes
+
+
+def test_batch_norm_with_fixed_statistics_has_norms():
+    model = net(untrained_norm().eval())
+    assert opacus_pi.audit(model, nn.CrossEntropyLoss(), data_set()[:6]).passed
+
+
+def test_a_model_that_mixes_vectors_breaks_the_ledger_of_a_run():
+    engine, _ = prepared(model=net(untrained_norm()))
+    assert engine.audit(nn.CrossEntropyLoss())["norms"].passed is False
+    with pytest.raises(AccountingError, match="mixes the examples"):
+        engine.ledger  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "words"),
+    [
+        (nn.Linear(7, CLASSES), (6, 5), "shape (6, 5): RuntimeError: mat1 and mat2"),
+        (
+            nn.Sequential(nn.InstanceNorm2d(4, affine=True), nn.Flatten()),
+            (6, 4, 1, 1),
+            "shape (6, 4, 1, 1): ValueError: Expected more than 1 spatial element",
+        ),
+    ],
+)
+def test_a_model_that_fails_on_the_batch_is_named_with_the_shape(model, inputs, words):
+    batch = torch.zeros(inputs), torch.zeros(inputs[0], dtype=torch.long)
+    with pytest.raises(ValueError) as error:
+        opacus_pi.audit(model, nn.CrossEntropyLoss(), batch)
+    text = str(error.value)
+    assert text.startswith("model(x) fails for inputs of the ") and words in text
+    assert "Change the model, or what the data set and collate_fn return" in text
+
+
 def test_an_order_that_matters():
     class Ranked(nn.Module):
         def __init__(self):

@@ -212,6 +212,13 @@ def test_items_that_are_no_numbers_alone_are_said_in_words():
     assert "nan times" not in text
 
 
+def test_a_model_without_norms_is_not_blamed_on_collate_fn():
+    module = nn.Sequential(nn.BatchNorm1d(WIDTH, affine=False), nn.Linear(WIDTH, 3))
+    engine, _, _ = prepared(standardised, module=module)
+    row = engine.audit(criterion)["batch"]
+    assert row.passed is None and "There are no norms to compare" in row.sentence
+
+
 class AsLists(Tokens):
     def __getitem__(self, i):
         return list(super().__getitem__(i))
