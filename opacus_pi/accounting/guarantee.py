@@ -106,6 +106,10 @@ _EXCLUDES_NOTHING = (
     "In words: this bound excludes almost nothing. Even if it holds, somebody who sees "
     "the unlearned model may be nearly sure that the examples were used in training."
 )
+_COUNTED = (
+    "  observed or derived: {} more, all of them met (print the guarantee, or use "
+    "--json on the command line, to read them)"
+)
 _EXCHANGED = "Pr[retrained ∈ E] ≤ e^ε · Pr[unlearned ∈ E] + δ"
 Established = TypeVar("Established", "Assumption", "Guarantee")
 
@@ -496,12 +500,14 @@ class Guarantee(Shown):
         )
         return found
 
-    def text(self, delta: float = 1e-5) -> str:
+    def text(self, delta: float = 1e-5, *, in_full: bool = True) -> str:
         """Return the claim in words, with every assumption it rests on.
 
         Args:
             delta: δ in (0, 1) of the ε that is stated; choose it far below one over the
                 number of examples.
+            in_full: False: assumptions that were observed or derived are only counted,
+                as in a plan.
 
         Returns:
             Several lines; the first states the kind, the next ones the numbers, if
@@ -513,13 +519,16 @@ class Guarantee(Shown):
         """
         check_delta(delta)
         listed = [*self.unmet, *self.declarations]
-        listed += [a for a in self.assumptions if a not in listed]
+        others = [a for a in self.assumptions if a not in listed]
+        counted = "" if in_full or not others else _COUNTED.format(len(others))
+        listed += others if in_full else []
         heads = _WEAK_HEADS if self.is_too_large(delta) else _HEADS
         return "\n".join(
             [
                 heads[self.kind].format(self.method),
                 *self._number(delta),
                 *(f"  {assumption}" for assumption in listed),
+                *([counted] if counted else []),
             ]
         )
 

@@ -195,8 +195,8 @@ class PrivacyStatement:
             return ""
         if self.limit >= self.worst_case:
             return (
-                " The draws of this run give no upper limit below the bound of the "
-                "next line."
+                " In this run ε may be as large as the bound in the next line: the "
+                "updates that drew the example give no smaller limit."
             )
         return (
             f" In this run ε is at most {rounded_up(self.limit)} with 95 % "

@@ -2,7 +2,7 @@
 
 The text shows quantiles, the hardest examples and the strata; the JSON has the numbers
 of all examples as well. The numbers are those of ``report.score``. With ``--owners``
-persons are ranked, too, as ``report.rank_persons`` does.
+persons are ranked, too, as ``report.rank_persons`` does, and named beside examples.
 
 The answer begins with a warning that it is sensitive: a list of ids with high losses
 tells which people of a data set are unusual.
@@ -50,6 +50,10 @@ def run(options: argparse.Namespace) -> int:
     scores = score(
         runs, order=options.order, delta=options.delta, tolerance=options.tolerance
     )
+    owners = None
+    if options.owners is not None:
+        owners = read_owners(options.owners, lambda: runs[0].data_set)
+    persons, named = _persons(owners, runs, scores), _by_example(owners)
     facts = {
         "format": "opacus_pi.cli.score.v1",
         "training": training_facts(runs),
@@ -59,31 +63,51 @@ def run(options: argparse.Namespace) -> int:
             "losses": scores.losses,
             "epsilons": scores.epsilons,
         },
-        **_persons(options, runs, scores),
+        **persons,
     }
+    if owners is not None:
+        for row in facts["hardest"]:
+            row["persons"] = named.get(row["id"], [])
     if options.csv:
-        write_csv(options.csv, scores.columns(with_limits=True))
+        columns = scores.columns(with_limits=True)
+        if owners is not None:
+            texts = ["; ".join(named.get(i, [])) for i in scores.ids.tolist()]
+            columns["persons"] = np.array(texts)
+        write_csv(options.csv, columns)
     answer(options, facts, _text(scores, facts, options.top))
     return 0
 
 
+def _by_example(owners: Mapping[str, Sequence[int]] | None) -> dict[int, list[str]]:
+    """Return the persons of each example that has one.
+
+    Args:
+        owners: The positions of each person; None: no persons were named.
+    """
+    found: dict[int, list[str]] = {}
+    for person, examples in (owners or {}).items():
+        for example in examples:
+            found.setdefault(int(example), []).append(person)
+    return found
+
+
 def _persons(
-    options: argparse.Namespace, runs: list[GradNormLedger], scores: Scores
+    owners: Mapping[str, Sequence[int]] | None,
+    runs: list[GradNormLedger],
+    scores: Scores,
 ) -> dict[str, Any]:
     """Return the ranked persons of ``--owners`` as facts; nothing without it.
 
     Args:
-        options: The parsed arguments.
+        owners: The positions of each person; None: no persons were named.
         runs: The ledgers.
         scores: The numbers of all examples.
 
     Raises:
-        BadInput: If the file cannot be read.
-        ValueError: If it lists a position that the ledger does not have.
+        ValueError: If a position is not in the ledger.
     """
-    if options.owners is None:
+    if owners is None:
         return {}
-    owners = read_owners(options.owners, lambda: runs[0].data_set)
     ranked = rank_persons(runs, owners, scores=scores)
     owned = np.unique(np.concatenate([np.empty(0), *map(np.asarray, owners.values())]))
     return {
@@ -168,7 +192,7 @@ def _text(scores: Scores, facts: dict[str, Any], top: int) -> str:
     )
     hardest = [
         [row["id"], row["loss"], row["epsilon"], limit_in_words(row["limit"])]
-        for row in grouped(facts["hardest"])
+        for row in grouped([*map(_named, facts["hardest"])])
     ]
     columns = ("loss", "ε", *(["ε at most"] if has_limits(facts) else []))
     width = 1 + len(columns)
@@ -188,6 +212,12 @@ def _text(scores: Scores, facts: dict[str, Any], top: int) -> str:
             "Strata of difficulty\n" + table(("", "size", "mean loss"), strata),
         ]
     )
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of an example with its persons beside the id, if it has any."""
+    persons = ", ".join(row.get("persons", ()))
+    return {**row, "id": f"{row['id']} ({persons})"} if persons else row
 
 
 def _about_limits(facts: dict[str, Any]) -> str:

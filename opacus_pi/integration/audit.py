@@ -215,17 +215,12 @@ def audit_batch(
             chosen = rows_of((x, y), places, size, dim)
             return recorded_norms(model, loss, chosen, run, new_engine)
 
-        try:
-            recorded = recorded_norms(model, loss, (x, y), run, new_engine)
-            row_of_norms = no_norms or _compare_norms(
-                recorded, expected, rounding, places
-            )
-        except (RuntimeError, TypeError, ValueError) as error:  # as in training
-            if isinstance(error, ValueError) and not notes_of(error):
-                raise  # about an argument
-            recorded = torch.empty(0, dtype=torch.float64)
-            text = failed_update(error, run.mode)
-            row_of_norms = AuditRow("norms", False, text)
+        recorded, failed = _recorded(
+            lambda: recorded_norms(model, loss, (x, y), run, new_engine), run.mode
+        )
+        row_of_norms = (
+            failed or no_norms or _compare_norms(recorded, expected, rounding, places)
+        )
         rows: tuple[AuditRow, ...] = (
             row_of_norms,
             _compare_loss(loss, outputs, y, run),
@@ -263,6 +258,30 @@ def _require_several(size: int) -> None:
         "Pass a larger batch: one example alone does not show whether examples "
         "influence each other.",
     )
+
+
+def _recorded(
+    update: Callable[[], Tensor], mode: str
+) -> tuple[Tensor, AuditRow | None]:
+    """Return the norms that an update records, ``(b,)``, and None.
+
+    Args:
+        update: Makes the update and returns its norms.
+        mode: The ``grad_sample_mode``.
+
+    Returns:
+        If the update fails, no norm, and a row that says why.
+
+    Raises:
+        ValueError: About an argument.
+    """
+    try:
+        return update(), None
+    except (RuntimeError, TypeError, ValueError) as error:  # as in training
+        if isinstance(error, ValueError) and not notes_of(error):
+            raise
+        row = AuditRow("norms", False, failed_update(error, mode))
+        return torch.empty(0, dtype=torch.float64), row
 
 
 def _norms_alone(

@@ -101,8 +101,8 @@ _NOT_RUN = (
     "work for any items of the data set, and audit again."
 )
 _NO_NORMS = (
-    "There are no norms to compare, so it is not known whether what collate_fn makes of "
-    "an example depends on the others of its batch."
+    "There are no norms to compare, so it is not known whether what collate_fn makes "
+    "of an example depends on the others of its batch."
 )
 _NOT_MATCHED = (
     "The examples could not be found in what collate_fn returned, so it is not known "

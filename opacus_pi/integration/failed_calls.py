@@ -2,9 +2,9 @@
 
 An audit calls both on a batch, and on each example alone. The errors of torch name the
 tensor that an operation was given, and not what the user can change. So an error on the
-whole batch is raised again with the shapes of the inputs. A model that runs on the batch
-and fails on one example is a result of the audit: BatchNorm does this if each channel
-has one value in an example, and a layer may need a fixed number of rows.
+whole batch is raised again with the shapes of the inputs. If a model runs on the batch
+and fails on one example, this is a result of the audit: BatchNorm fails there if each
+channel has one value in an example, and a layer may need a fixed number of rows.
 
 *What breaks it.* A model that fails by chance: its error is then raised as it is.
 """

@@ -43,6 +43,7 @@ from opacus_pi.integration.explanations import (
 from opacus_pi.integration.fast import MODE as FAST_MODE
 from opacus_pi.integration.fast import prepare_model, require_fast
 from opacus_pi.integration.filtering import NO_BUDGETS, begin_budgets
+from opacus_pi.integration.first_batch import explain_first_batch
 from opacus_pi.integration.group_accountant import GroupAccountant
 from opacus_pi.integration.missing_values import require_given
 from opacus_pi.integration.misspelt_options import misspelt
@@ -315,13 +316,15 @@ class PerInstanceMixin(RecordedEngine):
     ) -> DataLoader[Any]:
         """Prepare the loader as Opacus does, and note it.
 
-        Warns if Poisson sampling replaces a sampler that draws otherwise.
+        Warns if Poisson sampling replaces a sampler that draws otherwise. An empty
+        first batch is explained when it is drawn.
         """
         loader: DataLoader[Any] = super()._prepare_data_loader(data_loader, **options)
         if options.get("poisson_sampling"):
             replaced = replaced_sampler(data_loader)
             if replaced is not None:
                 warnings.warn(replaced, stacklevel=7)
+        explain_first_batch(loader)
         self._preparing.loader = loader
         return loader
 

@@ -206,7 +206,8 @@ class Plan(Shown):
 
     def _limits(self, delta: float) -> str:
         """Return what to do about a bound that excludes almost nothing, or nothing."""
-        if not self.guarantee.is_too_large(delta):
+        is_said = self.rewind is not None and self.rewind.policy is None
+        if is_said or not self.guarantee.is_too_large(delta):
             return ""
         return _INSTEAD.format(how=_HOW if self.rewind is None else ".")
 
@@ -216,14 +217,14 @@ class Plan(Shown):
             return ""
         return (
             f"By a rewind: {self.rewind.cost_text}\n"
-            f"{self.rewind.guarantee.text(delta)}\n\n"
+            f"{self.rewind.guarantee.text(delta, in_full=False)}\n\n"
             "By unlearning steps instead of the rewind:\n"
         )
 
     def _claim(self, delta: float) -> str:
         """Return the guarantee in words, or what it needs to be known."""
         if self.guarantee != _UNKNOWN:
-            return self.guarantee.text(delta)
+            return self.guarantee.text(delta, in_full=False)
         if self.rewind is not None:  # it needs the model
             return (
                 "What may be claimed afterwards depends on the unlearning method, "

@@ -23,6 +23,7 @@ state. The filtered one does not: an example then acts on the gradients of other
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,9 +39,7 @@ from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi._validate import expect, require
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy, restart_update
-from opacus_pi.accounting.guarantee import (
-    Guarantee,
-)
+from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.integration.rerun import (
     MakeOptimizer,
     Rerun,
@@ -59,9 +58,7 @@ from opacus_pi.unlearning.claims import EngineFacts, claim
 from opacus_pi.unlearning.methods import FineTune
 from opacus_pi.unlearning.rewind_claims import ALIKE, rewind_claim
 from opacus_pi.unlearning.rewind_plan import RewindPlan
-from opacus_pi.unlearning.same_training_data import (
-    require_same_preparation,
-)
+from opacus_pi.unlearning.same_training_data import require_same_preparation
 
 __all__ = ["Loop", "RecordedTraining", "require_states", "states_of"]
 
@@ -326,29 +323,34 @@ class RecordedTraining:
         )
         require_flat_clipping(self.states.load(self.states.steps[0]))
 
-    def _worst_case(
+    def _kept(
         self,
         forget: NDArray[np.int64],
         forgotten_before: NDArray[np.int64],
         policy: DeletionPolicy,
-    ) -> Guarantee | None:
-        """Return the bound on any set as large as this, if it is within the policy.
+    ) -> tuple[float, Guarantee | None]:
+        """Return the bound if the trained model is kept, and whether that is enough.
 
         It depends on the size of the set and on the recorded noise and sampling, not
-        on which examples are forgotten. So nothing has to be trained again.
+        on which examples are forgotten.
 
         Args:
             forget: The examples to forget.
             forgotten_before: Examples of earlier requests.
             policy: The deletion policy.
+
+        Returns:
+            ε at the policy's δ, in both directions, or ``inf`` if there is no bound;
+            and the guarantee if it is within the policy: nothing is trained again then.
         """
         found = self._claim(forget, forgotten_before, policy, with_estimate=False)
-        most = (found.epsilon(policy.delta), found.reverse_epsilon(policy.delta))
-        known = found.kind in ("certified", "certified if")
-        if not known or any(e is None or e > policy.epsilon for e in most):
-            return None
+        if found.kind not in ("certified", "certified if"):
+            return math.inf, None
+        epsilon = max(found.epsilon(policy.delta), found.reverse_epsilon(policy.delta))
+        if epsilon > policy.epsilon:
+            return epsilon, None
         found = self._claim(forget, forgotten_before, policy, with_estimate=True)
-        return replace(found, method=f"the trained model, kept {ALIKE}")
+        return epsilon, replace(found, method=f"the trained model, kept {ALIKE}")
 
     def _claim(
         self,
@@ -458,13 +460,13 @@ class RecordedTraining:
                 updates that must be made again were made under changing conditions.
         """
         record, gone = self.record, np.union1d(forgotten_before, forget)
-        worst, first = None, record.first_updates()
+        kept, worst, first = math.inf, None, record.first_updates()
         used = forgotten_exactly[first[forgotten_exactly] <= record.num_steps]
         exact = used if policy is not None else _NO_EXAMPLES
         if policy is not None:
             self._require_policy(policy)
         if policy is not None and not len(exact):  # else the model would have them
-            worst = self._worst_case(forget, forgotten_before, policy)
+            kept, worst = self._kept(forget, forgotten_before, policy)
         start = record.num_steps if worst is not None else self.start(gone, policy)
         if len(exact):
             start = min(start, self.start(exact, None))
@@ -495,6 +497,8 @@ class RecordedTraining:
             ),
             exact_start=None if policy is None else self._exact_start(gone),
             num_kept_exact=len(exact),
+            kept_epsilon=kept,
+            clip_charge=0.0 if policy is None else _clip_charge(record, policy),
         )
 
     def _exact_start(self, gone: NDArray[np.int64]) -> int | None:
@@ -507,6 +511,18 @@ class RecordedTraining:
             return self.start(gone, None)
         except ValueError:
             return None
+
+
+def _clip_charge(record: ParticipationRecord, policy: DeletionPolicy) -> float:
+    """Return the part of a policy that one update at the clip norm uses at most.
+
+    Args:
+        record: The run's participations and settings.
+        policy: The deletion policy.
+    """
+    with np.errstate(divide="ignore"):
+        ratios = record.max_grad_norm / record.noise_std / policy.mu
+    return float(np.square(ratios).max(initial=0.0))
 
 
 def _require_same_conditions(record: ParticipationRecord, start: int) -> None:

@@ -1,5 +1,6 @@
 """How far back a rewind goes, what it costs, and what it proves."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
-from opacus_pi.accounting.guarantee import Guarantee
+from opacus_pi.accounting.guarantee import Guarantee, rounded_up
 
 __all__ = ["RewindPlan"]
+
+_LITTLE = 0.2  # of a bound: a rewind that lowers it by less hardly helps
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class RewindPlan:
             no state to go back to, or the rewind is exact.
         num_kept_exact: How many of ``forgotten_before`` an exact rewind has forgotten,
             and limit how late a filtered one may start.
+        kept_epsilon: For a filtered rewind, the bound on ε at the policy's δ, in both
+            directions, if the trained model were kept; ``inf``: there is none.
+        clip_charge: For a filtered rewind, the part of the policy that one update at
+            the clip norm may use for one example; above 1 it exceeds the policy.
     """
 
     forget: NDArray[np.int64]
@@ -48,6 +55,8 @@ class RewindPlan:
     guarantee: Guarantee
     exact_start: int | None = None
     num_kept_exact: int = 0
+    kept_epsilon: float = math.inf
+    clip_charge: float = 0.0
 
     @property
     def is_free(self) -> bool:
@@ -62,28 +71,59 @@ class RewindPlan:
     @property
     def cost_text(self) -> str:
         """How far back the rewind goes, and what is trained again, in words."""
-        kept = better = ""
-        if self.num_kept_exact:
-            kept = (
-                " This state is from before the first use of the examples that an "
-                f"earlier exact rewind has forgotten ({self.num_kept_exact}), which "
-                "stay exactly forgotten."
-            )
-        if self.exact_start is not None and self.exact_start >= self.start:
-            better = (
-                " An exact rewind (without the deletion policy) does not need more "
-                "updates and has ε = 0."
-            )
         if self.is_free:
             return (
                 "The trained model can be kept: nothing is trained again. (A model "
-                f"with other weights than the training left is refused.){better}"
+                "with other weights than the training left is refused.)"
+                f"{self._compared()}"
             )
+        kept = (
+            " This state is from before the first use of the examples that an "
+            f"earlier exact rewind has forgotten ({self.num_kept_exact}), which "
+            "stay exactly forgotten."
+        )
         return (
             f"Go back to the state after update {self.start} of {self.num_steps} "
             f"({self.num_bytes} bytes) and make {self.num_updates} "
             f"updates again: {self.cost:.1%} of the training, about "
-            f"{self.num_samples:.0f} samples.{kept}{better}"
+            f"{self.num_samples:.0f} samples.{kept * bool(self.num_kept_exact)}"
+            f"{self._compared()}"
+        )
+
+    def _compared(self) -> str:
+        """Compare a filtered rewind with an exact one, and with keeping the model.
+
+        Empty if this one is exact, or is free where an exact one is not.
+        """
+        if self.policy is None:
+            return ""
+        if self.exact_start is not None and self.exact_start >= self.start:
+            why = (
+                " The noise is too small for this policy: one update at the clip norm "
+                "may exceed it."
+            )
+            return (
+                " An exact rewind (without the deletion policy) does not need more "
+                f"updates and has ε = 0.{why * (self.clip_charge > 1)}"
+            )
+        if self.is_free:
+            return ""
+        exact = ""
+        if self.exact_start is not None:
+            updates = self.num_steps - self.exact_start
+            exact = f" An exact rewind makes {updates} updates again and has ε = 0."
+        return f"{exact}{self._lowers()}"
+
+    def _lowers(self) -> str:
+        """Compare the policy with the bound of the trained model; empty without one."""
+        if self.policy is None or math.isinf(self.kept_epsilon):
+            return ""
+        share = 1 - self.policy.epsilon / self.kept_epsilon
+        verdict = ", so it hardly helps" * (share < _LITTLE)
+        return (
+            f" Without any rewind ε is at most {rounded_up(self.kept_epsilon)}; this "
+            f"one lowers the bound to {rounded_up(self.policy.epsilon)}, by "
+            f"{100 * share:.2g} %{verdict}."
         )
 
     @property
@@ -128,5 +168,5 @@ class RewindPlan:
         return (
             f"Examples to forget: {len(self.forget)}; forgotten before: "
             f"{len(self.forgotten_before)}. {drawn}\n{self.cost_text}\n"
-            f"{self.guarantee.text(delta)}"
+            f"{self.guarantee.text(delta, in_full=False)}"
         )

@@ -224,6 +224,25 @@ def test_persons_are_ranked_with_a_bound_for_as_many_examples(
     assert "persons" not in answer("score", LEDGER)
 
 
+def test_persons_are_named_beside_the_examples(run, answer, ledger, tmp_path):
+    first, second = (row["id"] for row in answer("score", LEDGER)["hardest"][:2])
+    owners = {"ada": [first, second], "ben": [first]}
+    path = owners_file(tmp_path / "owners.json", owners)
+    file = tmp_path / "scores.csv"
+    words = ("--owners", path, "--top", 3, "--csv", file)
+    rows = answer("score", LEDGER, *words)["hardest"]
+    assert [row["persons"] for row in rows] == [["ada", "ben"], ["ada"], []]
+    out = run("score", LEDGER, *words)[1]
+    assert f"{first} (ada, ben)" in out and f"{second} (ada)" in out
+    with file.open(newline="") as lines:
+        named = {int(r["example"]): r["persons"] for r in csv.DictReader(lines)}
+    assert (named[first], named[second]) == ("ada; ben", "ada")
+    assert set(named.values()) == {"ada; ben", "ada", ""}
+    assert all("persons" not in row for row in answer("score", LEDGER)["hardest"])
+    run("score", LEDGER, "--csv", file)
+    assert "persons" not in file.read_text().splitlines()[0]
+
+
 def test_tied_persons_and_large_bounds_are_said(run, ledger, tmp_path):
     norms = np.full_like(ledger.grad_norms, 0.5)
     norms[:, :37] = 100.0  # clipped

@@ -1,10 +1,12 @@
 """A layer that is given one row for the whole batch is named, with what to do."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from opacus_pi import PrivacyEngine
 from opacus_pi.accounting import RenyiFilter, privacy_losses
@@ -209,3 +211,63 @@ def test_an_empty_batch_is_named_with_what_to_do(mode, size, noted):
         model(x=torch.zeros(size, width), shared=torch.zeros(1, 4))
     text = str([*caught.value.args, *getattr(caught.value, "__notes__", [])])
     assert ("poisson_sampling=False" in text) == noted
+
+
+class Items(Dataset):
+    def __init__(self, make):
+        self.make = make
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return self.make(i)
+
+
+def as_pair(i):
+    return torch.zeros(4), i % 2
+
+
+def as_dict(items):
+    x, y = default_collate(items)
+    return {"x": x, "y": y}
+
+
+def batches_after_an_empty_one(make, collate):
+    model = nn.Linear(4, 2)
+    _, _, loader = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(Items(make), batch_size=2, collate_fn=collate),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    vars(loader)["batch_sampler"] = [[], [1, 2], []]
+    return list(loader)
+
+
+@pytest.mark.parametrize(("collate", "is_said"), [(as_dict, True), (None, False)])
+def test_the_form_of_an_empty_first_batch_is_said_where_it_may_be_another(
+    collate, is_said
+):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        empty, batch, later = batches_after_an_empty_one(as_pair, collate)
+    texts = [str(w.message) for w in caught if "first batch" in str(w.message)]
+    assert len(texts) == is_said and [len(t) for t in empty] == [0, 0]
+    assert type(later) is type(batch)
+    assert all("a list of 2 tensors with 0 samples" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("make", "collate"),
+    [
+        (lambda i: {"x": torch.zeros(4), "y": i}, None),
+        (lambda i: ("text", i), lambda items: torch.zeros(len(items), 4)),
+    ],
+)
+def test_an_empty_first_batch_that_has_no_form_is_explained(make, collate):
+    with pytest.raises(TypeError) as caught:
+        batches_after_an_empty_one(make, collate)
+    text = str([*caught.value.args, *getattr(caught.value, "__notes__", [])])
+    assert "The first batch is empty" in text and "poisson_sampling=False" in text

@@ -699,6 +699,92 @@ def test_a_plan_by_policy_says_if_an_exact_rewind_costs_no_more(private):
     assert not all(costs_no_more)
 
 
+NO_MORE = "An exact rewind (without the deletion policy) does not need more updates"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said", "not_said"),
+    [
+        # the policy has ε = 2; the training made 15 updates
+        (
+            {"start": 9, "exact_start": 4, "kept_epsilon": 8.0},
+            "An exact rewind makes 11 updates again and has ε = 0. Without any rewind "
+            "ε is at most 8; this one lowers the bound to 2, by 75 %.",
+            "hardly helps",
+        ),
+        (
+            {"start": 9, "exact_start": 4, "kept_epsilon": 2.1},
+            "ε is at most 2.1; this one lowers the bound to 2, by 4.8 %, so it hardly "
+            "helps.",
+            NO_MORE,
+        ),
+        (
+            {"start": 9, "exact_start": 4, "kept_epsilon": math.inf},
+            "11 updates again",
+            "Without any rewind",
+        ),
+        (
+            {"start": 9, "exact_start": 9, "kept_epsilon": 8.0, "clip_charge": 1.5},
+            f"{NO_MORE} and has ε = 0. The noise is too small for this policy",
+            "Without any rewind",
+        ),
+        (
+            {"start": 9, "exact_start": 9, "clip_charge": 0.5},
+            f"{NO_MORE} and has ε = 0.",
+            "too small",
+        ),
+        (
+            {"start": 15, "exact_start": 4, "kept_epsilon": 2.1, "clip_charge": 1.5},
+            "nothing is trained again",
+            "ε",
+        ),
+        (
+            {"start": 9, "policy": None, "kept_epsilon": 2.1, "clip_charge": 1.5},
+            "of the training, about",
+            "ε",
+        ),
+    ],
+)
+def test_a_plan_by_policy_says_what_the_policy_is_worth(
+    private, numbers, said, not_said
+):
+    plan = private.unlearner().plan_rewind(
+        [3], checkpoints=private.states, deletion_policy=POLICY
+    )
+    text = dataclasses.replace(plan, **numbers).cost_text
+    assert said in text and not_said not in text
+
+
+def test_a_plan_has_the_bound_without_a_rewind_and_the_charge_of_an_update(private):
+    options = {"checkpoints": private.states, "deletion_policy": POLICY}
+    plan = private.unlearner().plan_rewind([3], **options)
+    guarantee = private.unlearner().plan([3]).guarantee
+    kept = max(guarantee.epsilon(1e-5), guarantee.reverse_epsilon(1e-5))
+    assert plan.kept_epsilon == pytest.approx(kept)
+    record = private.states.record
+    charge = (record.max_grad_norm[0] / record.noise_std[0] / POLICY.mu) ** 2
+    assert plan.clip_charge == pytest.approx(charge)
+    exact = private.unlearner().plan_rewind([3], checkpoints=private.states)
+    assert (exact.kept_epsilon, exact.clip_charge) == (math.inf, 0)
+
+
+def test_a_plan_counts_what_was_observed_and_lists_what_is_declared(private):
+    plan = private.unlearner().plan_rewind([3], checkpoints=private.states)
+    others = [a for a in plan.guarantee.assumptions if a.met and not a.is_declared]
+    text = plan.text()
+    assert f"observed or derived: {len(others)} more, all of them met" in text
+    assert all(str(a) in text for a in plan.guarantee.declarations)
+    assert not any(str(a) in text for a in others)
+    assert all(str(a) in plan.guarantee.text() for a in others)
+
+
+def test_a_plan_does_not_offer_the_exact_rewind_that_it_describes(private):
+    guarantee = private.unlearner().plan(list(range(9))).guarantee
+    assert guarantee.is_too_large(1e-5)
+    plan = private.unlearner().plan(list(range(9)), checkpoints=private.states)
+    assert "An exact rewind has ε = 0" not in plan.text()
+
+
 def test_a_plan_with_states_does_not_ask_for_them(private):
     options = {"checkpoints": private.states, "deletion_policy": POLICY}
     plan = private.unlearner().plan([3], **options)
