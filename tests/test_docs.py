@@ -60,6 +60,20 @@ def test_the_blocks_are_found():
     assert sum(len(list(blocks(page))) for page in PAGES) > 20
 
 
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_code_fits_a_window_of_1280_pixels(page):
+    """docs/extra.css makes room for 88 characters, and wraps what commands print."""
+    long, in_fence, is_printed = [], False, False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            in_fence, is_printed = not in_fence, "console" in line
+        elif in_fence and not is_printed and len(line) > 88:
+            long.append(line)
+        elif not in_fence and line.startswith("    ") and len(line) > 92:
+            long.append(line)
+    assert not long
+
+
 @pytest.mark.parametrize("what", ["data", "metric", "method", "model"])
 def test_what_is_your_own_needs_a_short_page(what):
     page = DOCS / "how-to" / f"own-{what}.md"

@@ -111,7 +111,7 @@ def test_the_worst_case_is_named_by_its_method(tmp_path):
     assert facts["composed_worst_case"] == composed < facts["worst_case_epsilon"]
     assert page.text.count(rounded_up(composed)) >= 2  # in the card, and in the list
     assert rounded_up(facts["worst_case_epsilon"]) in page.text
-    assert "the same bound by numerical composition" in page.text
+    assert "the same bound, converted as the ε of the examples" in page.text
     assumed = score(ledger.with_noise_std(2.0)).facts(3)
     assert assumed["composed_worst_case"] == math.inf
 

@@ -278,7 +278,8 @@ def charged_updates(runs: RunNorms, grid: RatioGrid) -> ChargedUpdates:
             charged = weights * share * part.num_updates * (rates[code] > 0)
             ratios = runs.mechanism.at_row(part.right).ratios(norms)
             certain = certain_rate | (ratios > _LARGEST)
-            squares = np.where(certain & (charged > 0), ratios, 0.0) ** 2
+            with np.errstate(over="ignore"):  # of next to no noise: ε is then inf
+                squares = np.where(certain & (charged > 0), ratios, 0.0) ** 2
             gaussian += np.where(squares > 0, charged * squares, 0.0)
             used = np.flatnonzero(~certain & (charged > 0) & (ratios > 0))
             examples.append(used)

@@ -92,6 +92,7 @@ _WEAK_HEADS = {
     "certified if": "Certified if the declarations below hold, but the bound is too "
     "large to be of practical use: guarantee for {}.",
 }
+_DELTA = 1e-5  # at which ε is stated, if no pair of ε and δ names another
 LARGE_EPSILON = 10.0  # ε of a bound of no practical use: e^ε is then above 20,000
 _BY_HAND = "the ledger describes the training as it was run"
 _EVENT = "Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ"
@@ -300,15 +301,21 @@ class Guarantee(Shown):
     def _shown(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"kind": self.kind, "method": self.method}
         if self.kind.startswith("certified"):  # an estimate would be sensitive
-            weak = ", too large to be of practical use" * self.is_too_large(1e-5)
-            bound = rounded_up(self.epsilon(1e-5))
-            facts["epsilon"] = f"≤ {bound} at δ = 1e-05{weak}"
+            delta = self.own_delta
+            weak = ", too large to be of practical use" * self.is_too_large(delta)
+            bound = rounded_up(self.epsilon(delta))
+            facts["epsilon"] = f"≤ {bound} at δ = {delta:g}{weak}"
         return {
             **facts,
             "assumptions": len(self.assumptions),
             "declarations": len(self.declarations),
             "unmet": len(self.unmet),
         }
+
+    @property
+    def own_delta(self) -> float:
+        """The δ at which the run stated ε: the smallest of its pairs, or else 1e-5."""
+        return min((s.delta for s in self.statements if s.delta > 0), default=_DELTA)
 
     def epsilon(self, delta: float) -> float:
         """Return ε of the (ε, δ) statement, the smallest that is known.
@@ -500,12 +507,12 @@ class Guarantee(Shown):
         )
         return found
 
-    def text(self, delta: float = 1e-5, *, in_full: bool = True) -> str:
+    def text(self, delta: float | None = None, *, in_full: bool = True) -> str:
         """Return the claim in words, with every assumption it rests on.
 
         Args:
             delta: δ in (0, 1) of the ε that is stated; choose it far below one over the
-                number of examples.
+                number of examples. Default: ``own_delta``.
             in_full: False: assumptions that were observed or derived are only counted,
                 as in a plan.
 
@@ -517,6 +524,7 @@ class Guarantee(Shown):
         Raises:
             ValueError: If δ is outside (0, 1).
         """
+        delta = self.own_delta if delta is None else delta
         check_delta(delta)
         listed = [*self.unmet, *self.declarations]
         others = [a for a in self.assumptions if a not in listed]
@@ -542,21 +550,22 @@ class Guarantee(Shown):
                 "No finite divergence from retraining is claimed: judge the result "
                 "only by comparison with retrained models."
             ]
-        if self.is_exact:
-            return [f"{_EXACT} (a bound{self._source(delta)}).", self.in_words(delta)]
         is_bound = self._is_bound
         sign, write = ("≤", rounded_up) if is_bound else ("≈", "{:.4g}".format)
-        first, least = "", self.least_order(delta)
-        if least is not None:
-            first = (
-                f"D_α(unlearned ‖ retrained) {sign} {write(least[1])} at "
-                f"α = {least[0]:g}; "
-            )
+        ways = self._ways(delta, sign, write)
+        source = f", {ways[0][1]}" if ways else ""
+        if self.is_exact:
+            return [f"{_EXACT} (a bound{source}).", self.in_words(delta)]
         lines = [
-            f"{first}ε {sign} {write(self.epsilon(delta))} at δ = {delta:g} "
-            f"({'a bound' if is_bound else 'an estimate, not a bound'}"
-            f"{self._source(delta)})."
+            f"ε {sign} {write(self.epsilon(delta))} at δ = {delta:g} "
+            f"({'a bound' if is_bound else 'an estimate, not a bound'}{source})."
         ]
+        if len(ways) > 1:
+            larger = "; ".join(f"ε {sign} {number}, {way}" for number, way in ways[1:])
+            lines.append(
+                f"Other methods lose more: {larger}."
+                + " All of these bounds hold, and the smallest counts." * is_bound
+            )
         lines += self._direction(delta, sign, write)
         if is_bound:
             lines.append(self.in_words(delta))
@@ -594,17 +603,27 @@ class Guarantee(Shown):
             f"{than} as from a retrained model, plus δ."
         )
 
-    def _source(self, delta: float) -> str:
-        """Say which computation gave ε, if it was not the conversion of divergences."""
-        from_curve = self._least(self.divergences, (), delta)
-        best = min(
-            (s for s in self.statements if s.delta <= delta),
-            key=lambda statement: statement.epsilon,
-            default=None,
-        )
-        if best is None or best.epsilon > from_curve:
-            return ""
-        return f", by {best.source}"
+    def _ways(self, delta: float, sign: str, write: Any) -> list[tuple[str, str]]:
+        """Return ε at one δ by each method, the smallest first, and the method.
+
+        Args:
+            delta: δ in (0, 1).
+            sign: Of the divergence.
+            write: Makes a text of a number. A number of equal text is left out.
+        """
+        ways = [
+            (s.epsilon, f"by {s.source}") for s in self.statements if s.delta <= delta
+        ]
+        least = self.least_order(delta)
+        if least is not None:
+            of = f"D_α(unlearned ‖ retrained) {sign} {write(least[1])}"
+            of += f" at α = {least[0]:g}"
+            epsilon = self._least(self.divergences, (), delta)
+            ways.append((epsilon, f"converted from {of}"))
+        found: dict[str, str] = {}
+        for epsilon, way in sorted(ways, key=lambda pair: pair[0]):
+            found.setdefault(write(epsilon), way)
+        return [*found.items()]
 
     def _direction(self, delta: float, sign: str, write: Any) -> list[str]:
         """Return the lines that say in which directions the statement holds."""

@@ -25,20 +25,21 @@ from numpy.typing import NDArray
 from opacus_pi._printable import in_one_line
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices
-from opacus_pi.accounting.composed_epsilon import composed_worst_case
 from opacus_pi.accounting.conversion import check_delta, large_delta
 from opacus_pi.accounting.epsilon import epsilons
 from opacus_pi.accounting.guarantee import Assumption, rounded_up
 from opacus_pi.accounting.training_bound import (
+    COMPOSITION,
+    CONVERTED,
+    TrainingBounds,
     noise_added,
     training_assumptions,
-    training_epsilon,
+    training_bounds,
 )
 from opacus_pi.accounting.uncertainty import epsilon_limits_of_draws
 from opacus_pi.ledger.grad_norm_ledger import (
     GradNormLedger,
     columns_of,
-    joint_mechanism,
     runs_of,
 )
 
@@ -50,15 +51,10 @@ _OWNER_ONLY = (
     "release of these updates (Yu et al. 2023, Theorem 3.2). Averages over people need "
     "noise before release."
 )
-_CONVERTED = (
-    "It is converted from Rényi divergences, as the estimate is; get_epsilon of an "
-    "engine and the values of epsilons, which it limits, may be smaller, because a PRV "
-    "accountant needs no such conversion."
-)
-_ACCOUNTANTS = (
-    "It is get_epsilon of the engine, which also limits the values of epsilons. A "
-    "report or statement from the ledger alone may give more: it has no accountant, "
-    "and converts its numbers from Rényi divergences."
+_ACCOUNTANT = "the engine's accountant (get_epsilon)"
+_GET_EPSILON = (
+    " get_epsilon of an engine may be one of them, or a little smaller: a PRV "
+    "accountant rounds in another way."
 )
 _PUBLIC = "The bound does not depend on anyone's data and may be shared with anyone."
 
@@ -74,10 +70,10 @@ class PrivacyStatement:
         subject: The person or example it is about.
         num_rows: Number of training examples that belong to the person.
         delta: δ.
-        epsilon: An estimate for these examples. **For their owner only.** None if no
-            estimate can be given.
-        worst_case: A bound on ε for any person with as many examples; ``inf`` if no
-            bound can be given.
+        epsilon: An estimate for these examples, at most ``worst_case``. **For their
+            owner only.** None if no estimate can be given.
+        worst_case: A bound on ε for any person with as many examples, the smallest that
+            is known; ``inf`` if no bound can be given.
         assumptions: Assumptions of the worst case, met or not, with who established
             each.
         estimated_from: From what the estimate was computed, in words; empty if there is
@@ -87,11 +83,10 @@ class PrivacyStatement:
             equal to it if the draws give no smaller limit. **For its owner only.** None
             if no estimate is given, or it comes from swept norms or from several runs.
         num_examples: Number of examples in the ledger; 0 if it is not known.
-        composed_worst_case: A bound on ε for any one example by numerical composition
-            of the updates, to be compared with ``epsilons(composition="numerical")``.
-            The other values are converted from Rényi divergences, so that an
-            ``epsilon`` may be above it. ``inf`` if none can be given, or for several
-            examples.
+        composed_worst_case: The bound by numerical composition of the updates; ``inf``
+            if none can be given, or for several examples.
+        converted_worst_case: The bound that is converted from Rényi divergences;
+            ``inf`` if none can be given.
         is_accountants: Whether ``worst_case`` is the bound of the engine's accountant,
             which also limits the other values.
     """
@@ -106,6 +101,7 @@ class PrivacyStatement:
     limit: float | None = None
     num_examples: int = 0
     composed_worst_case: float = math.inf
+    converted_worst_case: float = math.inf
     is_accountants: bool = False
 
     def limited(self, bound: float) -> "PrivacyStatement":
@@ -156,7 +152,7 @@ class PrivacyStatement:
         """
         facts = {"format": _FORMAT, "kind": self.kind, **asdict(self)}
         facts["sharing"] = self.sharing
-        for name in ("worst_case", "composed_worst_case"):
+        for name in ("worst_case", "composed_worst_case", "converted_worst_case"):
             if math.isinf(facts[name]):
                 facts[name] = "inf"
         return json.dumps(facts, ensure_ascii=False, allow_nan=False)
@@ -212,18 +208,28 @@ class PrivacyStatement:
             f"For any data: ε ≤ {rounded_up(self.worst_case)} at δ = {self.delta:g}, "
             "certified if the declarations below hold. The probability of any event is "
             "then at most e^ε times that for a model trained without these examples, "
-            f"plus δ. {_ACCOUNTANTS if self.is_accountants else self._converted()}"
+            f"plus δ. {self._methods()}"
         )
 
-    def _converted(self) -> str:
-        """Return the sentences about a bound that is converted, and about others."""
-        if self.composed_worst_case >= self.worst_case:
-            return _CONVERTED
+    def _methods(self) -> str:
+        """Return which method gave the bound, and the larger ones of other methods."""
+        ways = [
+            (self.composed_worst_case, f"by {COMPOSITION}"),
+            (self.converted_worst_case, CONVERTED),
+        ]
+        if self.is_accountants:
+            ways.append((self.worst_case, f"by {_ACCOUNTANT}"))
+        found: dict[str, str] = {}
+        for bound, way in sorted(way for way in ways if math.isfinite(way[0])):
+            found.setdefault(rounded_up(bound), way)
+        (_, best), *others = found.items()
+        if not others:
+            return f"The bound is {best}."
+        larger = "; ".join(f"ε ≤ {number}, {way}" for number, way in others)
         return (
-            f"{_CONVERTED} Numerical composition of the updates, without such a "
-            f"conversion, gives the bound ε ≤ {rounded_up(self.composed_worst_case)} "
-            "under the same declarations; compare only numerically composed estimates "
-            "with it."
+            f"The bound is {best}. Other methods lose more: {larger}. All of these "
+            "bounds hold, and the smallest counts."
+            f"{'' if self.is_accountants else _GET_EPSILON}"
         )
 
 
@@ -264,7 +270,7 @@ def privacy_statement(
     mine = distinct_indices("rows", rows, np.iinfo(np.int64).max)
     columns = columns_of(runs[0], mine, "rows")
     single, noisy = len(mine) == 1, noise_added(runs)
-    epsilon, limit, worst = None, None, math.inf
+    epsilon, limit = None, None
     if noisy.met and single:
         own = [run.subset(columns) for run in runs]
         value = float(epsilons(own, delta)[0])
@@ -272,13 +278,11 @@ def privacy_statement(
         if epsilon is not None and len(own) == 1 and own[0].source == "observed":
             at_most = float(epsilon_limits_of_draws(own[0], delta)[0])
             limit = max(at_most, epsilon) if math.isfinite(at_most) else None
-    composed = math.inf
+    bounds = TrainingBounds(math.inf, math.inf)
     if noisy.met:
-        worst = training_epsilon(runs, len(mine), delta)
-        if single:
-            mechanism, steps = joint_mechanism(runs), runs[0].steps
-            composed = composed_worst_case(mechanism, delta, steps=steps)
-    if epsilon is not None:  # other orders may give a little more
+        bounds = training_bounds(runs, len(mine), delta)
+    worst = bounds.least
+    if epsilon is not None:  # it is converted, which gives a little more
         epsilon = min(epsilon, worst)
     if limit is not None:
         limit = min(limit, worst)
@@ -292,7 +296,8 @@ def privacy_statement(
         "" if epsilon is None else _estimated_from(runs, columns),
         limit,
         runs[0].num_examples,
-        composed,
+        bounds.composed,
+        bounds.converted,
     )
 
 

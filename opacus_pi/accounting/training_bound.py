@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from opacus_pi._types import ArrayLike
+from opacus_pi.accounting.composed_epsilon import composed_worst_case
 from opacus_pi.accounting.conversion import rdp_to_epsilon
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
@@ -42,18 +43,24 @@ from opacus_pi.ledger.mechanism import NoisySGD
 from opacus_pi.ledger.noise_generator import NOISE_GENERATORS, SECURE, weakest
 
 __all__ = [
+    "COMPOSITION",
+    "CONVERTED",
     "Curve",
+    "TrainingBounds",
     "declarations",
     "every_gradient_clipped",
     "item_is_the_unit",
     "noise_added",
     "sampling_known",
     "training_assumptions",
+    "training_bounds",
     "training_epsilon",
     "unpredictable_noise",
     "worst_case_curve",
 ]
 
+CONVERTED = "converted from Rényi divergences"
+COMPOSITION = "numerical composition of the updates"
 # The best order of m examples is about 1 + 8/m; more orders than Opacus's for strong
 # and for weak noise.
 _NEAR_ONE = (1.001, 1.003, 1.01, 1.02, 1.05)
@@ -86,6 +93,26 @@ class Curve(NamedTuple):
     divergences: tuple[float, ...]
 
 
+class TrainingBounds(NamedTuple):
+    """Bounds on the same ε at one δ by two methods: each holds, the smaller counts.
+
+    A conversion from Rényi divergences loses some per cent. Numerical composition loses
+    almost nothing, but is known for a single example only.
+
+    Args:
+        converted: The one that is converted; ``inf`` if there is none.
+        composed: The one by numerical composition; ``inf`` if there is none.
+    """
+
+    converted: float
+    composed: float
+
+    @property
+    def least(self) -> float:
+        """The bound to be stated; ``inf`` if there is none."""
+        return min(self)
+
+
 def worst_case_curve(
     mechanism: NoisySGD, group_size: int, *, steps: ArrayLike | None = None
 ) -> Curve:
@@ -113,10 +140,10 @@ def worst_case_curve(
     return Curve(orders, tuple(losses))
 
 
-def training_epsilon(
+def training_bounds(
     runs: Sequence[GradNormLedger], group_size: int, delta: float
-) -> float:
-    """Return the bound on ε of any m examples of a recorded training run.
+) -> TrainingBounds:
+    """Return the bounds on ε of any m examples of a recorded training run.
 
     Args:
         runs: Recorded runs of it, as ``runs_of`` returns them.
@@ -124,10 +151,21 @@ def training_epsilon(
         delta: δ in (0, 1).
 
     Returns:
-        ε; ``inf`` without clipping.
+        The bounds, for both directions; ``inf`` without clipping.
     """
-    curve = worst_case_curve(joint_mechanism(runs), group_size, steps=runs[0].steps)
-    return float(rdp_to_epsilon(curve.divergences, curve.orders, delta))
+    mechanism, steps = joint_mechanism(runs), runs[0].steps
+    curve = worst_case_curve(mechanism, group_size, steps=steps)
+    converted = float(rdp_to_epsilon(curve.divergences, curve.orders, delta))
+    if group_size > 1:
+        return TrainingBounds(converted, math.inf)
+    return TrainingBounds(converted, composed_worst_case(mechanism, delta, steps=steps))
+
+
+def training_epsilon(
+    runs: Sequence[GradNormLedger], group_size: int, delta: float
+) -> float:
+    """Return the smallest of ``training_bounds``, which takes the same arguments."""
+    return training_bounds(runs, group_size, delta).least
 
 
 def training_assumptions(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:

@@ -27,6 +27,7 @@ from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning import Unlearner
 from opacus_pi.unlearning.claims import left_other_weights, runs_in
 from opacus_pi.unlearning.honouring_weights import weights_path_of
+from opacus_pi.unlearning.rewind import OtherWeights
 
 
 def require_ledgers_of(
@@ -133,10 +134,14 @@ def _require_weights_to_keep(
     A rewind that trains something again starts from a saved state, whatever the weights
     of the model are.
     """
-    plan = unlearner.plan_rewind(forget, **going_back)
-    record = going_back["checkpoints"].record
-    if not plan.is_free or weights_name(unlearner.model) == record.weights:
-        return
+    try:
+        unlearner.plan_rewind(forget, **going_back)
+    except OtherWeights as error:
+        raise _not_kept(options) from error
+
+
+def _not_kept(options: argparse.Namespace) -> BadInput:
+    """Return the error that names the argument with the weights that are not kept."""
     held = f"--weights: {options.weights} does"
     remedy = "Name the weights of the trained model"
     if options.log and weights_path_of(os.path.realpath(options.log)).exists():
@@ -146,7 +151,7 @@ def _require_weights_to_keep(
             "the weights are, and forgets the examples of all requests. Without "
             "--checkpoints, the weights are fine-tuned further"
         )
-    raise BadInput(
+    return BadInput(
         f"{held} not hold what the training of --checkpoints {options.checkpoints} "
         "left (their SHA-256 differs). For this request nothing has to be trained "
         f"again, so the trained model would be kept. Nothing was entered. {remedy}."

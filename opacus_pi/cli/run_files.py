@@ -8,13 +8,13 @@ import errno
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from opacus_pi.cli.errors import BadInput, about
+from opacus_pi.files.unfinished import temporary_directory
 from opacus_pi.unlearning.saved_result import (
     SavedResult,
     load_result,
@@ -26,7 +26,8 @@ from opacus_pi.unlearning.saved_result import (
 def new_directory(path: str) -> Iterator[Path]:
     """Make a directory that gets its name only when everything in it was written.
 
-    If nothing was written, no directory remains.
+    If nothing was written, no directory remains. What a killed run of the same name
+    left is removed.
 
     Args:
         path: Its name. Nothing, or an empty directory, may exist there.
@@ -45,19 +46,19 @@ def new_directory(path: str) -> Iterator[Path]:
             f"--out: {path} exists already. Name a new directory: results are never "
             "overwritten."
         )
-    with about("--out", "Name a directory that can be created."):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{target.name[:100]}."
-        part = Path(tempfile.mkdtemp(".tmp", prefix, target.parent))  # mode 0700
-    try:
-        yield part
-        if any(part.iterdir()):
-            _give_name(part, target)
-        else:
-            part.rmdir()
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with ExitStack() as until_named:
+        with about("--out", "Name a directory that can be created."):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = until_named.enter_context(temporary_directory(target))
+        try:
+            yield part
+            if any(part.iterdir()):
+                _give_name(part, target)
+            else:
+                part.rmdir()
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
 
 
 def _give_name(part: Path, target: Path) -> None:

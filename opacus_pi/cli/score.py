@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from opacus_pi.accounting.guarantee import LARGE_EPSILON, rounded_up
+from opacus_pi.accounting.training_bound import COMPOSITION
 from opacus_pi.cli.inputs import load_ledgers
 from opacus_pi.cli.output import answer, table, write_csv
 from opacus_pi.cli.owners import read_owners
@@ -247,21 +248,22 @@ def _headline(scores: Scores) -> str:
     return (
         f"{about}, ε at δ = {scores.delta:g} (estimates).\n"
         f"Worst case (bound for any example): loss {rounded_up(scores.worst_case_loss)}"
-        f", ε {rounded_up(scores.worst_case_epsilon)}{_composed(scores)}."
+        f", ε {rounded_up(scores.least_worst_case)}{_method(scores)}."
         + (f"\n{scores.large_delta}" if scores.large_delta else "")
         + _rounding(scores)
         + _not_checked(scores)
     )
 
 
-def _composed(scores: Scores) -> str:
-    """Return the smaller bound on ε that needs no conversion; empty if there is none.
-
-    The ε of the examples are converted, so the converted bound stands beside them.
-    """
+def _method(scores: Scores) -> str:
+    """Return how the bound on ε was computed, if not as the ε of the examples."""
     if scores.composed_worst_case >= scores.worst_case_epsilon:
         return ""
-    return f" ({rounded_up(scores.composed_worst_case)} by numerical composition)"
+    converted = rounded_up(scores.worst_case_epsilon)
+    return (
+        f" by {COMPOSITION}.\nConverted from Rényi divergences, as the ε below are, it "
+        f"is {converted}: a conversion loses some per cent"
+    )
 
 
 def _rounding(scores: Scores) -> str:

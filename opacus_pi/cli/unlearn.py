@@ -24,6 +24,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from opacus_pi.unlearning.listed_requests import list_requests
 from opacus_pi.unlearning.plan import LATER
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
+from opacus_pi.unlearning.rewind import OtherWeights
 from opacus_pi.unlearning.saved_result import WEIGHTS, save_result
 from opacus_pi.unlearning.watching import Evaluate
 
@@ -132,7 +134,8 @@ def run(options: argparse.Namespace) -> int:
     if not options.log or not os.path.exists(options.log):
         require_recorded_weights(options, unlearner, forget, going_back)
     elif going_back and len(forget):
-        unlearner.plan_rewind(forget, **going_back)
+        with suppress(OtherWeights):  # the run has the weights beside the log
+            unlearner.plan_rewind(forget, **going_back)
 
     settings = _settings(options, going_back, collate)
     evaluation_of = _evaluation_of(options, train_set, test_set, criterion, collate)

@@ -69,8 +69,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Yield a new file to write to, and then move it to ``path``.
 
     The content is on the disk before it gets its name. A process that is killed
-    meanwhile leaves a hidden ``.name.<random>.tmp`` beside it, never a part under
-    ``path``. A write to ``path`` at least an hour later removes such files.
+    meanwhile leaves a hidden ``.name.<digits>.tmp`` beside it, never a part under
+    ``path``. The next write to ``path`` removes such files (``files/unfinished.py``).
 
     Args:
         path: The file's name. A link that belongs to the caller is followed, and its

@@ -46,7 +46,7 @@ def distribution_pictures(scores: Scores, forget_loss: float | None) -> dict[str
             scores.losses, name, marks
         )
     if scores.epsilons is not None and np.isfinite(scores.epsilons).any():
-        marks = {"worst case": scores.worst_case_epsilon}
+        marks = {"worst case, converted": scores.worst_case_epsilon}
         name = f"ε at δ = {scores.delta:g}"
         pictures["Histogram of the estimated ε of all examples."] = _histogram(
             scores.epsilons, name, marks

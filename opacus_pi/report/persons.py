@@ -51,8 +51,9 @@ class PersonScore:
         loss: The largest privacy loss of these examples, in nats: an estimate.
         epsilon: The largest ε of these examples, an estimate; None if the losses are
             only a ranking.
-        group_epsilon: Bound on ε for any ``num_examples`` examples, whatever they are;
-            None if there is no bound.
+        group_epsilon: Bound on ε for any ``num_examples`` examples, whatever they are,
+            the smallest that is known; None if there is no bound. For a single example
+            it may be below ``epsilon``, which is converted from Rényi divergences.
     """
 
     person: str
@@ -92,14 +93,14 @@ def rank_persons(
     runs = list(runs_of(ledger))
     places = {person: _places(person, at, scores) for person, at in owners.items()}
     places = {person: at for person, at in places.items() if len(at)}
-    has_bound = math.isfinite(scores.worst_case_epsilon)
+    has_bound = math.isfinite(scores.least_worst_case)
 
     @cache
     def bound(num_examples: int) -> float | None:
         if not has_bound:
             return None
         if num_examples == 1:
-            return scores.worst_case_epsilon
+            return scores.least_worst_case
         return training_epsilon(runs, num_examples, scores.delta)
 
     found = [

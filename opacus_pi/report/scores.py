@@ -31,11 +31,14 @@ from opacus_pi.accounting import (
     worst_case_loss,
 )
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
-from opacus_pi.accounting.composed_epsilon import composed_worst_case
 from opacus_pi.accounting.conversion import check_delta, large_delta
 from opacus_pi.accounting.epsilon import default_tolerance, losses_and_epsilons
 from opacus_pi.accounting.guarantee import Assumption, rounded_up
-from opacus_pi.accounting.training_bound import training_assumptions, training_epsilon
+from opacus_pi.accounting.training_bound import (
+    TrainingBounds,
+    training_assumptions,
+    training_bounds,
+)
 from opacus_pi.accounting.uncertainty import epsilon_limits_of_draws
 from opacus_pi.difficulty.forget_sets import (
     difficulty_strata,
@@ -44,7 +47,7 @@ from opacus_pi.difficulty.forget_sets import (
     ties,
 )
 from opacus_pi.ledger.custody import Link, unchecked_in
-from opacus_pi.ledger.grad_norm_ledger import joint_mechanism, runs_of
+from opacus_pi.ledger.grad_norm_ledger import runs_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,16 +75,16 @@ class Scores(Shown):
         worst_case_loss: Bound on the loss of any example, in nats; ``inf`` if there is
             none.
         worst_case_epsilon: Bound on the ε of any example, converted from Rényi
-            divergences as the epsilons are; ``inf`` if there is none.
+            divergences as the epsilons are; ``inf`` if there is none. The bound to be
+            stated is ``least_worst_case``.
         assumptions: The assumptions of ε, met or not.
         unchecked_links: The links of the chain of custody that were not checked,
             although the numbers depend on them.
         tolerance: By how much losses and epsilons may be rounded up, relative.
         observed: The run whose draws limit the epsilons, an observed one; None: there
             is no such limit.
-        composed_worst_case: ``worst_case_epsilon`` by numerical composition, without a
-            conversion. Compare only numerically composed epsilons with it; ``inf`` if
-            there is none.
+        composed_worst_case: The same by numerical composition, which loses less;
+            ``inf`` if there is none.
     """
 
     _note: ClassVar[str] = "sensitive: it shows which examples are unusual"
@@ -139,6 +142,11 @@ class Scores(Shown):
             ImportError: If pandas is not installed.
         """
         return frame(self.columns(), index="example")
+
+    @property
+    def least_worst_case(self) -> float:
+        """The smallest bound that is known on the ε of any example; ``inf``: none."""
+        return min(self.worst_case_epsilon, self.composed_worst_case)
 
     @property
     def ranking_only(self) -> bool:
@@ -336,11 +344,9 @@ def score(
         losses, own = losses_and_epsilons(runs, order, delta, tolerance=tolerance)
     assumptions = training_assumptions(runs)
     mechanism = runs[0].mechanism
-    bounds = math.inf, math.inf
+    bounds = TrainingBounds(math.inf, math.inf)
     if assumptions[0].met:
-        joint, steps = joint_mechanism(runs), runs[0].steps
-        composed = composed_worst_case(joint, delta, steps=steps)
-        bounds = training_epsilon(runs, 1, delta), composed
+        bounds = training_bounds(runs, 1, delta)
     return Scores(
         order=float(order),
         delta=float(delta),
@@ -350,8 +356,8 @@ def score(
         worst_case_loss=math.inf
         if mechanism.assumed_noise
         else worst_case_loss(mechanism, order, steps=runs[0].steps),
-        worst_case_epsilon=bounds[0],
-        composed_worst_case=bounds[1],
+        worst_case_epsilon=bounds.converted,
+        composed_worst_case=bounds.composed,
         assumptions=assumptions,
         tolerance=tolerance,
         unchecked_links=unchecked_in([run.custody for run in runs]),

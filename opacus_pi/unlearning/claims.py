@@ -28,6 +28,7 @@ from torch import nn
 from opacus_pi._shown import stable_repr
 from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi.accounting import GradNormLedger, privacy_losses
+from opacus_pi.accounting.composed_epsilon import composed_worst_case
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
 from opacus_pi.accounting.guarantee import (
     Assumption,
@@ -39,6 +40,7 @@ from opacus_pi.accounting.guarantee import (
     unchecked_links,
 )
 from opacus_pi.accounting.training_bound import (
+    COMPOSITION,
     declarations,
     every_gradient_clipped,
     noise_added,
@@ -140,7 +142,7 @@ def claim(  # noqa: PLR0913
         has_weights: Whether the model holds the trained weights, or is only an
             architecture.
         engine_facts: What the engine of the training knows, if there is one.
-        delta: δ in (0, 1) at which its accountant is asked for ε.
+        delta: δ in (0, 1) at which the guarantee states ε.
         with_estimate: Whether to compute the estimate beside a bound, which takes much
             longer than the bound.
 
@@ -201,8 +203,7 @@ def _bounded_claim(
 ) -> Guarantee:
     """Return the worst case of DP-SGD as a bound, on request with an estimate."""
     curve = worst_case_curve(joint_mechanism(runs), len(gone), steps=runs[0].steps)
-    accountant = engine_facts.accountant_bound if len(gone) == 1 else None
-    pair = None if accountant is None else accountant.at(delta)
+    pairs = _pairs_of_one(runs, engine_facts, delta) if len(gone) == 1 else ()
     assumptions = (
         *needed,
         every_gradient_clipped(runs),
@@ -215,7 +216,10 @@ def _bounded_claim(
         ),
         derived(
             "the bound covers this set and all examples that were forgotten before",
-            f"it is the worst case of any {len(gone)} examples"
+            f"it is the worst case of any {len(gone)} examples together, so it holds "
+            "for each person among them. For the examples of one person alone, a "
+            "smaller one holds: that of so many examples (privacy_statement), compared "
+            "with a model that was trained without these alone"
             if len(gone) > 1
             else "it is the worst case of any single example",
         ),
@@ -233,8 +237,21 @@ def _bounded_claim(
         curve.divergences,
         reverse_divergences=curve.divergences,
         estimates=estimates,
-        statements=() if pair is None else (pair,),
+        statements=pairs,
     )
+
+
+def _pairs_of_one(
+    runs: Sequence[GradNormLedger], engine_facts: EngineFacts, delta: float
+) -> tuple[EpsilonDelta, ...]:
+    """Return the bounds for any one example that are not converted from divergences."""
+    accountant = engine_facts.accountant_bound
+    counted = None if accountant is None else accountant.at(delta)
+    composed = composed_worst_case(joint_mechanism(runs), delta, steps=runs[0].steps)
+    pairs = () if counted is None else (counted,)
+    if math.isinf(composed):
+        return pairs
+    return (*pairs, EpsilonDelta(composed, delta, COMPOSITION, both_directions=True))
 
 
 def _same_divisor(runs: Sequence[GradNormLedger]) -> Assumption:

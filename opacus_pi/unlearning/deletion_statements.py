@@ -256,12 +256,24 @@ class DeletionStatement(Shown):
         lines = [
             f"{standing}{weak * claim.is_too_large(delta)}: {number} at δ = {delta:g}.",
             claim.in_words(delta),
+            *self._for_each(),
             f"This rests on {len(claim.assumptions)} conditions. "
             f"{len(claim.declarations)} of them are declared by the author and were "
             "not checked by the program; the others were observed or follow from what "
             "was observed.",
         ]
         return "\n".join(lines)
+
+    def _for_each(self) -> list[str]:
+        """Return that a bound for several examples is one for each request, too."""
+        if self.num_forgotten < 2 or self.guarantee.is_exact:
+            return []
+        each = "each request" if len(self.requests) > 1 else "each of them"
+        return [
+            f"This number is for the {_examples(self.num_forgotten)} together: it "
+            "compares with a model that was trained without all of them. So it holds "
+            f"for {each}, too."
+        ]
 
 
 def _examples(number: int) -> str:

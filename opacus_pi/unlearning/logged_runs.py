@@ -20,7 +20,6 @@ _LISTS_OF_EXAMPLES = {
 # its noise and its updates can be computed again; and whoever has all examples but one
 # can guess that one, and try it by the fingerprint of the training set.
 _OWNER_ONLY = ("seed", "data_set")
-_DELTA = 1e-5  # at which the log states ε if the guarantee names no δ
 
 
 def run_facts(result: UnlearningResult) -> dict[str, Any]:
@@ -61,8 +60,7 @@ def _bound(guarantee: Guarantee) -> dict[str, float]:
     """
     if not guarantee.kind.startswith("certified"):
         return {}
-    deltas = [pair.delta for pair in guarantee.statements if pair.delta > 0]
-    delta = min(deltas, default=_DELTA)
+    delta = guarantee.own_delta
     found = {
         "epsilon": guarantee.epsilon(delta),
         "reverse_epsilon": guarantee.reverse_epsilon(delta),

@@ -60,10 +60,14 @@ from opacus_pi.unlearning.rewind_claims import ALIKE, rewind_claim
 from opacus_pi.unlearning.rewind_plan import RewindPlan
 from opacus_pi.unlearning.same_training_data import require_same_preparation
 
-__all__ = ["Loop", "RecordedTraining", "require_states", "states_of"]
+__all__ = ["Loop", "OtherWeights", "RecordedTraining", "require_states", "states_of"]
 
 _NO_EXAMPLES = np.empty(0, dtype=np.int64)
 _AGAIN = "Train again with Recorder(checkpoints=Checkpoints(directory, every=...))."
+
+
+class OtherWeights(ValueError):
+    """The trained model would be kept, but the model has other weights."""
 
 
 @dataclass(frozen=True)
@@ -401,7 +405,7 @@ class RecordedTraining:
                 damaged, or the model that would be kept is not the trained one.
         """
         if plan.is_free:
-            self._require_trained()
+            self.require_trained()
             return None
         require_same_preparation(self.ledger.data_set or "", fingerprint(train_set))
         state = self.states.load(plan.start)
@@ -428,16 +432,20 @@ class RecordedTraining:
             collate_fn=loop.collate_fn,
         )
 
-    def _require_trained(self) -> None:
-        """Refuse to keep a model that has not the weights of the training."""
-        require(
-            weights_name(self.model) == self.record.weights,
-            "Nothing has to be trained again for this request, so the trained model "
-            "would be kept. But this model has other weights.",
-            "Pass the model as it was at the end of training. If earlier requests were "
-            "carried out by fine-tuning, make an exact rewind (no deletion_policy): it "
-            "starts from a saved state, whatever the weights are.",
-        )
+    def require_trained(self) -> None:
+        """Refuse to keep a model that has not the weights of the training.
+
+        Raises:
+            OtherWeights: If it has others.
+        """
+        if weights_name(self.model) != self.record.weights:
+            raise OtherWeights(
+                "Nothing has to be trained again for this request, so the trained "
+                "model would be kept. But this model has other weights. Pass the model "
+                "as it was at the end of training. If earlier requests were carried "
+                "out by fine-tuning, make an exact rewind (no deletion_policy): it "
+                "starts from a saved state, whatever the weights are."
+            )
 
     def plan(
         self,

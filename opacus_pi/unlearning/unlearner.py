@@ -289,7 +289,7 @@ class Unlearner:
                 satisfies it. The guarantee needs a number of updates that does not
                 depend on the forget set, and lists this as not met, even if the rule
                 did not end the run.
-            delta: δ in (0, 1) at which the engine's accountant is asked for ε.
+            delta: δ in (0, 1) at which the guarantee states ε.
             callbacks: Told about the start, each epoch and the end.
             checkpoint: File that is written after each epoch but the last, and removed
                 at the end. If it exists, the run continues from it, with the random
@@ -412,7 +412,7 @@ class Unlearner:
                 ``(forget_indices, inf, epochs it ran)``: it counts with the epochs that
                 it ran, and the prediction is at best a lower bound.
             batch_size: Examples per batch, to count steps.
-            delta: δ in (0, 1) at which the engine's accountant is asked for ε.
+            delta: δ in (0, 1) at which the guarantee states ε.
             checkpoints: The saved states of the training, as in ``rewind``. The plan
                 then also says how far back a rewind goes and what it costs.
             deletion_policy: The policy of the run, for a filtered rewind; None: an
@@ -475,6 +475,8 @@ class Unlearner:
             forget, self.forgotten, deletion_policy, self.forgotten_exactly
         )
         training.require_architecture(plan)
+        if plan.is_free and not self._keeps_rewound(forget, deletion_policy):
+            training.require_trained()
         return plan
 
     def rewind(
@@ -571,28 +573,39 @@ class Unlearner:
     def _is_rewound(
         self, forget: NDArray[np.int64], policy: DeletionPolicy | None
     ) -> bool:
-        """Return whether a rewind for these examples has left the present model.
+        """Return whether a rewind keeps the present model, which one has left.
 
-        Warns if all of them were forgotten before: the caller may not expect what
+        Warns if all examples were forgotten before: the caller may not expect what
         follows.
+
+        Args:
+            forget: The examples to forget.
+            policy: The deletion policy; None: an exact rewind.
+        """
+        stays = self._keeps_rewound(forget, policy)
+        if np.isin(forget, self.forgotten).all():
+            warnings.warn(_STAYS if stays else _REWOUND_AGAIN, stacklevel=3)
+        return stays
+
+    def _keeps_rewound(
+        self, forget: NDArray[np.int64], policy: DeletionPolicy | None
+    ) -> bool:
+        """Return whether a rewind for these examples has left the present model.
 
         Args:
             forget: The examples to forget.
             policy: The deletion policy; None: an exact rewind, which all examples that
                 were forgotten before must have had, too.
         """
-        if not np.isin(forget, self.forgotten).all():
-            return False
         is_enough = policy is not None or np.array_equal(
             self.forgotten, self.forgotten_exactly
         )
-        stays = (
-            is_enough
+        return (
+            bool(np.isin(forget, self.forgotten).all())
+            and is_enough
             and self.history.rewound
             and self.history.left == weights_name(self.model)
         )
-        warnings.warn(_STAYS if stays else _REWOUND_AGAIN, stacklevel=3)
-        return stays
 
     def _origin(self) -> dict[str, Any]:
         """Return what ties a run to its training and to its result, for the record."""
@@ -659,7 +672,7 @@ class Unlearner:
 
         Args:
             forget: Sorted positions of the forget set.
-            delta: δ at which the engine's accountant is asked.
+            delta: δ at which the guarantee states ε.
             stop: The rule that may end the run early, or None.
             data_set: Fingerprint of the data set of the run; None in a plan.
         """

@@ -17,6 +17,7 @@ from opacus_pi.accounting import (
     rdp_to_epsilon,
 )
 from opacus_pi.accounting.composed_epsilon import composed_worst_case
+from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.accounting.training_bound import worst_case_curve
 from opacus_pi.accounting.update_transforms import ADDED, REMOVED
 
@@ -99,14 +100,19 @@ def test_a_statement_says_which_bound_is_which():
     ledger = GradNormLedger(mechanism, [60], [[0.1, 9.0]])
     statement = privacy_statement(ledger, [0], DELTA)
     assert statement.composed_worst_case == composed_worst_case(mechanism, DELTA)
-    assert statement.composed_worst_case < statement.worst_case
+    assert statement.converted_worst_case == renyi(mechanism, DELTA)
+    assert statement.worst_case == statement.composed_worst_case
+    assert statement.worst_case < statement.converted_worst_case
     text = str(statement)
-    written = float(text.split("gives the bound ε ≤ ")[1].split()[0])
-    assert 0 <= written - statement.composed_worst_case < 0.01
+    assert "The bound is by numerical composition of the updates. Other" in text
+    larger = rounded_up(statement.converted_worst_case)
+    assert f"lose more: ε ≤ {larger}, converted from Rényi divergences." in text
+    assert f"For any data: ε ≤ {rounded_up(statement.worst_case)} at" in text
     assert json.loads(statement.to_json())["composed_worst_case"] > 0
     group = privacy_statement(ledger, [0, 1], DELTA)
     assert group.composed_worst_case == math.inf
-    assert "Numerical composition" not in str(group)
+    assert group.worst_case == group.converted_worst_case
+    assert "The bound is converted from Rényi divergences." in str(group)
     assert json.loads(group.to_json())["composed_worst_case"] == "inf"
     assumed = privacy_statement(ledger.with_noise_std(1.0), [0], DELTA)
     assert assumed.composed_worst_case == math.inf

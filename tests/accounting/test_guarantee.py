@@ -191,12 +191,37 @@ def test_epsilon_is_the_smallest_over_the_finite_orders():
     assert Guarantee("FineTune", (MET,)).epsilon(delta) == math.inf
 
 
+def test_the_smallest_epsilon_comes_first_and_the_others_are_named_by_method():
+    pairs = [
+        EpsilonDelta(0.31, 1e-4, "composition", both_directions=True),
+        EpsilonDelta(0.25, 1e-4, "an accountant"),
+        EpsilonDelta(0.2500001, 1e-4, "the same again"),
+    ]
+    claim = guarantee_of_run("Langevin", (MET,), ORDERS, DIVERGENCES, statements=pairs)
+    assert claim.own_delta == 1e-4 and str(claim) == claim.text(1e-4)
+    assert "≤ 0.25 at δ = 0.0001" in repr(claim)
+    text = claim.text(1e-4)
+    assert "ε ≤ 0.25 at δ = 0.0001 (a bound, by an accountant)." in text
+    alone = guarantee_of_run("Langevin", (MET,), ORDERS, DIVERGENCES)
+    converted = rounded_up(alone.epsilon(1e-4))
+    others = text.splitlines()[2]
+    assert others.startswith("Other methods lose more: ")
+    assert "ε ≤ 0.31, by composition; " in others
+    assert f"ε ≤ {converted}, converted from D_α" in others
+    assert others.endswith("hold, and the smallest counts.")
+    for single in (alone, guarantee_of_run("L", (MET,), statements=pairs[:1])):
+        assert "Other methods" not in single.text(1e-4)
+    at_less = guarantee_of_run("L", (MET,), statements=pairs).text(1e-6)
+    assert "ε ≤ inf at δ = 1e-06 (a bound)." in at_less
+
+
 def test_the_text_states_epsilon_at_the_delta_that_is_asked_for():
     claim = guarantee()
     assert str(claim) == claim.text() == claim.text(1e-5)
     assert "at δ = 1e-05" in str(claim)
     words = claim.text(0.001)
-    assert f"ε ≤ {rounded_up(claim.epsilon(0.001))} at δ = 0.001 (a bound)" in words
+    epsilon = rounded_up(claim.epsilon(0.001))
+    assert f"ε ≤ {epsilon} at δ = 0.001 (a bound, conv" in words
     assert claim.epsilon(0.001) < claim.epsilon(1e-5)
     assert "δ =" not in Guarantee("FineTune", (MET,)).text(0.001)
 
@@ -254,14 +279,15 @@ def test_foreign_text_is_refused(text):
 def test_a_bound_is_written_rounded_up_and_an_estimate_to_nearest():
     for d in np.random.default_rng(0).uniform(0.1, 9, 50):
         words = str(guarantee_of_run("Langevin", (MET,), (2.0,), (d,)))
-        assert d <= float(words.split("≤ ")[1].split()[0]) <= d * 1.001
+        written = float(words.split("retrained) ≤ ")[1].split()[0])
+        assert d <= written <= d * 1.001
         words = str(guarantee_of_run("Langevin", (MET, UNMET), (2.0,), (d,)))
         assert f"≈ {d:.4g} at" in words
 
 
 def test_text_says_what_it_is_worth_and_which_way():
     certified, estimate = str(guarantee()), str(guarantee((MET, UNMET)))
-    assert "≤ 0.5 at α = 8" in certified and "(a bound)" in certified
+    assert "≤ 0.5 at α = 8" in certified and "(a bound, converted from D_α" in certified
     assert "not a bound" in estimate and "≤ 0.1" not in estimate
     assert "not met: the loss is an upper bound (one run)" in estimate
     for text in (certified, estimate):

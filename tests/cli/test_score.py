@@ -209,7 +209,7 @@ def test_persons_are_ranked_with_a_bound_for_as_many_examples(
     of = {row["person"]: row for row in found["persons"]}
     assert list(of) == sorted(of, key=lambda name: -losses[owners[name]].max())
     assert of["p03"]["loss"] == losses[[3, 17]].max() and of["p03"]["num_examples"] == 2
-    assert of["p04"]["group_epsilon"] == found["worst_case_epsilon"]
+    assert of["p04"]["group_epsilon"] == found["composed_worst_case"]
     assert of["p03"]["group_epsilon"] > found["worst_case_epsilon"]
     assert (found["num_without_owner"], found["num_without_examples"]) == (117, 1)
     code, out, err = run("score", LEDGER, "--owners", path, "--top", 1)

@@ -1,5 +1,6 @@
 """Files are replaced in one step, for their owner only, and never through a link."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD
-from opacus_pi.files import atomic_file
+from opacus_pi.files import atomic_file, unfinished
 from opacus_pi.files.atomic_file import (
     put_new_file,
     replace_file,
@@ -23,6 +24,7 @@ from opacus_pi.files.atomic_file import (
     restrict_to_owner,
 )
 from opacus_pi.files.regular_file import require_regular
+from opacus_pi.files.unfinished import temporary_directory
 from opacus_pi.recording.state_file import write_state
 from tests.faults.killing import no_file_above
 
@@ -41,6 +43,7 @@ def ledger(value, num_examples=20_000):
 def known_name(monkeypatch):
     """The attacker's best case: the random part of temporary names is known."""
     monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 2 * size)
+    monkeypatch.setattr(unfinished, "_system", lambda: "")
     return lambda path: path.with_name(f".{path.name}.{'0' * 16}.tmp")
 
 
@@ -161,7 +164,7 @@ def test_what_is_no_regular_file_is_refused_with_its_kind(tmp_path, kind):
 
 
 def leave_unfinished(path):
-    """Be killed while writing; return the temporary file, an hour and more old."""
+    """Be killed while writing; return the temporary file."""
     if (child := os.fork()) == 0:
         with replacing(path) as file:
             file.write(b"secret")
@@ -169,13 +172,24 @@ def leave_unfinished(path):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     (left,) = set(path.parent.glob(f".{path.name}.*.tmp"))
-    os.utime(left, (time.time() - 4000,) * 2)
     return left
 
 
-def test_the_next_write_removes_what_a_killed_one_left(tmp_path):
+def as_if_made_elsewhere(left, *, seconds_ago):
+    """Give a temporary file the name and the age of one of another system."""
+    name = left.name.rsplit(".", 2)[0]
+    left = left.rename(left.with_name(f"{name}.{'0' * 16}.tmp"))
+    os.utime(left, (time.time() - seconds_ago,) * 2)
+    return left
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path, is_old):
+    """At once if it was made on the running system; else if it is an hour old."""
     path = tmp_path / "state"
     left = leave_unfinished(path)
+    if is_old:
+        left = as_if_made_elsewhere(left, seconds_ago=4000)
     replace_file(tmp_path / "other", b"of another name")
     assert left.read_bytes() == b"secret"
     replace_file(path, b"new")
@@ -188,7 +202,7 @@ def test_a_temporary_file_that_may_be_in_use_stays(tmp_path, case):
     left = leave_unfinished(path)
     with open(left, "rb") as file:
         if case == "young":
-            os.utime(left)
+            left = as_if_made_elsewhere(left, seconds_ago=3000)
         elif case == "locked":
             fcntl.flock(file, fcntl.LOCK_EX)
         elif case == "other name":
@@ -199,6 +213,74 @@ def test_a_temporary_file_that_may_be_in_use_stays(tmp_path, case):
             pytest.skip("only root can give files away")
         replace_file(path, b"new")
     assert left.read_bytes() == b"secret" and path.read_bytes() == b"new"
+
+
+def killed_in_directory(target):
+    """Be killed while a directory is filled; return the hidden directory."""
+    if (child := os.fork()) == 0:
+        with temporary_directory(target) as part:
+            (part / "record").write_text("secret")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = set(target.parent.glob(f".{target.name}.*.tmp"))
+    return left
+
+
+def test_the_next_directory_removes_what_a_killed_run_left(tmp_path):
+    left = killed_in_directory(tmp_path / "run")
+    assert (left / "record").exists() and mode_of(left) == 0o700
+    with temporary_directory(tmp_path / "other"):
+        assert left.exists()
+    with temporary_directory(tmp_path / "run") as part:
+        assert not left.exists()
+        part.rename(tmp_path / "run")
+    assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize("case", ["in use", "elsewhere", "other name"])
+def test_a_directory_that_may_be_in_use_stays(tmp_path, case):
+    with contextlib.ExitStack() as until_end:
+        if case == "in use":
+            start = temporary_directory(tmp_path / "run")
+            left = until_end.enter_context(start)
+        else:
+            left = killed_in_directory(tmp_path / "run")
+        if case == "elsewhere":
+            left = as_if_made_elsewhere(left, seconds_ago=1e6)
+        elif case == "other name":
+            left = left.rename(tmp_path / ".run.mine.tmp")
+        with temporary_directory(tmp_path / "run") as part:
+            assert left.is_dir() and part != left
+        assert left.is_dir()
+
+
+def test_a_directory_that_another_process_removes_at_once_is_made_again(
+    tmp_path, monkeypatch
+):
+    removed, plain = [], unfinished._open_directory
+
+    def removed_at_once(path):
+        handle = plain(path)
+        if not removed:
+            removed.append(path)
+            os.rmdir(path)
+        return handle
+
+    monkeypatch.setattr(unfinished, "_open_directory", removed_at_once)
+    with temporary_directory(tmp_path / "run") as part:
+        assert part.is_dir() and removed != [part]
+
+
+def test_without_a_name_of_the_system_only_old_files_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(unfinished, "_system", lambda: "")
+    path = tmp_path / "state"
+    left, folder = leave_unfinished(path), killed_in_directory(tmp_path / "run")
+    replace_file(path, b"new")
+    assert left.exists()
+    os.utime(left, (time.time() - 4000,) * 2)
+    replace_file(path, b"new")
+    with temporary_directory(tmp_path / "run"):
+        assert not left.exists() and folder.exists()
 
 
 def test_a_new_file_that_was_taken_for_a_stale_one_is_made_again(tmp_path, monkeypatch):

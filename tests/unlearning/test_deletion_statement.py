@@ -98,6 +98,32 @@ def test_the_number_of_the_requests_own_examples_is_said_if_known(change, words)
     assert DeletionStatement.from_json(found.to_json()) == found
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "for the 3 examples together: it compares with a model that was trained"),
+        ({}, "So it holds for each request, too."),
+        ({"requests": ["2026-001"]}, "So it holds for each of them, too."),
+        ({"requests": []}, "So it holds for each of them, too."),
+    ],
+)
+def test_a_bound_of_several_says_that_it_holds_for_each(change, words):
+    assert words in str(deletion_statement(result(record={**RECORD, **change}), 1e-5))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        result(record={"forget_indices": [3]}),
+        result(statements=[EpsilonDelta(0.0, 0.0, "exact rewind", True)]),
+        result([observed("it is a bound", "one run", met=False)]),
+    ],
+    ids=["one example", "exact", "no bound"],
+)
+def test_where_nothing_is_shared_nothing_is_said_of_each(found):
+    assert "holds for each" not in str(deletion_statement(found, 1e-5))
+
+
 def test_what_is_the_owners_alone_is_not_in_it():
     found = deletion_statement(result(), 1e-5)
     assert found.guarantee == result().guarantee.without_estimates()
