@@ -69,8 +69,6 @@ def test_code_fits_a_window_of_1280_pixels(page):
             in_fence, is_printed = not in_fence, "console" in line
         elif in_fence and not is_printed and len(line) > 88:
             long.append(line)
-        elif not in_fence and line.startswith("    ") and len(line) > 92:
-            long.append(line)
     assert not long
 
 

@@ -23,7 +23,7 @@ ada 2 True
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -49,11 +49,10 @@ class PersonScore:
         person: The person, as named by the caller.
         num_examples: How many examples the person has.
         loss: The largest privacy loss of these examples, in nats: an estimate.
-        epsilon: The largest ε of these examples, an estimate; None if the losses are
-            only a ranking.
+        epsilon: The largest ε of these examples, an estimate, at most
+            ``group_epsilon``; None if the losses are only a ranking.
         group_epsilon: Bound on ε for any ``num_examples`` examples, whatever they are,
-            the smallest that is known; None if there is no bound. For a single example
-            it may be below ``epsilon``, which is converted from Rényi divergences.
+            the smallest that is known; None if there is no bound.
     """
 
     person: str
@@ -113,7 +112,14 @@ def rank_persons(
         )
         for person, at in places.items()
     ]
-    return _ranked(found)
+    return [_limited(row) for row in _ranked(found)]
+
+
+def _limited(row: PersonScore) -> PersonScore:
+    """Return a row whose estimate is not above its bound, by another method."""
+    if row.epsilon is None or row.group_epsilon is None:
+        return row
+    return replace(row, epsilon=min(row.epsilon, row.group_epsilon))
 
 
 def _ranked(rows: Sequence[PersonScore]) -> list[PersonScore]:
