@@ -146,12 +146,9 @@ Earlier versions of this page tested the order of five strata with the seed as t
 Three of the five start at the oracles, so the order of the other two could not change
 the verdict: the claims about times were borne out whatever happened. These claims are
 measured again with 20 forget sets, one figure after the other, and are *not testable
-yet* until then. At the learning rate that the search finds, fine-tuning closes more
-than half of the gap in its first epoch (fig1-middle, fig5). L1-sparse changes the
-retained images too much (fig6). Whether harder sets are *slower* is therefore left to
-the figure rates, which has smaller learning rates too. The table counts, for all
-methods of the earlier run, the runs that came within five points of the oracles at some
-epoch. Many of them ended outside, or lost more than five points of test accuracy.
+yet* until then. The table counts, for all methods of the earlier run, the runs that
+came within five points of the oracles at some epoch. Many of them ended outside, or
+lost more than five points of test accuracy.
 
 {crossings}
 
@@ -178,7 +175,18 @@ and a class needs 30 examples. A barrier is called too high only if it also exce
 multiple of the mean baseline of all sets. Oracles of different sets no longer share
 their seeds.
 
-Before that, other judges were mended. The test of correlations took the examples for
+The first runs with these judges showed a third error of the search. Its limits held after the
+run only, and of the good settings it chose the fastest. At that rate fine-tuning raised
+the error on retained images by nine points in its first epoch and closed more than half
+of the gap at once, and L1-sparse did so still more; the model was repaired in later
+epochs. Speeds could not be judged (fig1-middle, fig5, fig6). The limits now hold at
+every evaluation, for retained images as well. The runs were made again, with 10 epochs
+instead of 15, and the figure rates with the rates 0.05, 0.07 and 0.09 instead of 0.03,
+0.06, 0.12 and 0.24: at 0.03 nothing was unlearned, and 0.12 damaged the model first.
+These choices were made by the share of the gap that was closed, the movement of
+retained images and overshooting; the order of the speeds had not been looked at.
+
+Before the statistician, other judges were mended. The test of correlations took the examples for
 independent, although those of one class resemble each other. It now needs their
 classes, and the results of fig2, fig9, ranks and literal were stored without them. So
 these four claims became *not testable yet* for one version of this page, until they

@@ -31,7 +31,7 @@ from benchmarks.reproduce.judging.order import (
     orders_of,
 )
 from benchmarks.reproduce.judging.runs import Runs
-from benchmarks.reproduce.judging.verdicts import Verdict
+from benchmarks.reproduce.judging.verdicts import Verdict, with_remark
 from benchmarks.reproduce.poison_units import GUS, Poisoned
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
@@ -102,18 +102,18 @@ def _judge_middle(result: Result) -> Verdict:
     of the noise on the forget set, which has no counterpart on retained images.
     """
     found = orders_of(result)
-    if "gus" in result:
-        gus = Runs(
-            np.array(result["mean_losses"], dtype=np.float64),
-            np.array(result["gus"]["gaps"], dtype=np.float64),
-            np.array(result["lost"], dtype=np.float64),
-            np.array(result["gus"]["oracles"], dtype=np.float64),
-            np.zeros(np.shape(result["gus"]["gaps"])),
-            toward=-1,
-            least_gap=2 * np.array(result["gus"]["spread"], dtype=np.float64),
-        )
-        found["GUS"] = judge_order(gus)
-    return by_claim(found)
+    if "gus" not in result:
+        return with_remark(by_claim(found), "GUS", "it was not measured")
+    gus = Runs(
+        np.array(result["mean_losses"], dtype=np.float64),
+        np.array(result["gus"]["gaps"], dtype=np.float64),
+        np.array(result["lost"], dtype=np.float64),
+        np.array(result["gus"]["oracles"], dtype=np.float64),
+        np.zeros(np.shape(result["gus"]["gaps"])),
+        toward=-1,
+        least_gap=2 * np.array(result["gus"]["spread"], dtype=np.float64),
+    )
+    return by_claim(found | {"GUS": judge_order(gus)})
 
 
 def _draw_middle(result: Result) -> Picture:
