@@ -175,24 +175,25 @@ and a class needs 30 examples. A barrier is called too high only if it also exce
 multiple of the mean baseline of all sets. Oracles of different sets no longer share
 their seeds.
 
-The first runs with these judges showed a third error of the search. Its limits held after the
-run only, and of the good settings it chose the fastest. At that rate fine-tuning raised
-the error on retained images by nine points in its first epoch and closed more than half
-of the gap at once, and L1-sparse did so still more; the model was repaired in later
-epochs. Speeds could not be judged (fig1-middle, fig5, fig6). The limits now hold at
-every evaluation, for retained images as well. The runs were made again, with 10 epochs
-instead of 15, and the figure rates with the rates 0.05, 0.07 and 0.09 instead of 0.03,
-0.06, 0.12 and 0.24: at 0.03 nothing was unlearned, and 0.12 damaged the model first.
-These choices were made by the share of the gap that was closed, the movement of
-retained images and overshooting; the order of the speeds had not been looked at.
+The first runs with these judges showed a third error of the search. Its limits held
+after the run only, and of the good settings it chose the fastest. At that rate fine-
+tuning raised the error on retained images by nine points in its first epoch and closed
+more than half of the gap at once, and L1-sparse did so still more; the model was
+repaired in later epochs. Speeds could not be judged (fig1-middle, fig5, fig6). The
+limits now hold at every evaluation, for retained images as well. The runs were made
+again, with 10 epochs instead of 15, and the figure rates with the rates 0.05, 0.07 and
+0.09 instead of 0.03, 0.06, 0.12 and 0.24: at 0.03 nothing was unlearned, and 0.12
+damaged the model first. These choices were made by the share of the gap that was
+closed, the movement of retained images and overshooting; the order of the speeds had
+not been looked at.
 
-Before the statistician, other judges were mended. The test of correlations took the examples for
-independent, although those of one class resemble each other. It now needs their
-classes, and the results of fig2, fig9, ranks and literal were stored without them. So
-these four claims became *not testable yet* for one version of this page, until they
-were measured again. Means over sets were confirmed where rare sets could have turned
-them around. Accuracies were called alike although one set differed, and noise alone
-could confirm that a bound does not rise.
+Before the statistician, other judges were mended. The test of correlations took the
+examples for independent, although those of one class resemble each other. It now needs
+their classes, and the results of fig2, fig9, ranks and literal were stored without
+them. So these four claims became *not testable yet* for one version of this page, until
+they were measured again. Means over sets were confirmed where rare sets could have
+turned them around. Accuracies were called alike although one set differed, and noise
+alone could confirm that a bound does not rise.
 
 """
 _AGAIN = """## Repeated from scratch
