@@ -17,8 +17,7 @@ from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.methods import Autocast, Settings, candidate, optimizer_of
 from benchmarks.reproduce.workspace import Workspace
 from opacus_pi import GradNormLedger, Unlearner
-from opacus_pi.evaluation import membership_inference
-from opacus_pi.evaluation.metrics import predict, summarise
+from opacus_pi.evaluation.metrics import attack_on, predict, summarise
 from opacus_pi.evaluation.trace import UnlearningTrace
 
 CRITERION = nn.CrossEntropyLoss()
@@ -45,8 +44,8 @@ def evaluator(
 
     def measure(model: nn.Module) -> dict[str, float]:
         found = [predict(model, part, CRITERION) for part in parts]
-        of_retained, of_test = (one.confidences for one in found[1:])
-        attack = membership_inference(of_retained, of_test, of_retained)
+        _, retained, of_test = found
+        attack = attack_on(retained, of_test, retained)
         return summarise(*found) | {RETAINED_MIA: attack.forget_called_test}
 
     return measure

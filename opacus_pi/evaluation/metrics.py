@@ -11,6 +11,7 @@ were retrained without the forget set.
 0.9
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
-from opacus_pi.evaluation.membership import membership_inference
+from opacus_pi.evaluation.membership import MembershipInference, membership_inference
 from opacus_pi.models.collating import Collate
 from opacus_pi.models.own_losses import Criterion
 from opacus_pi.models.predictions import Data, Predictions, predict
@@ -147,13 +148,12 @@ def summarise(
         ``test_accuracy``, ``forget_loss`` and ``forget_confidence`` (means over the
         forget set), ``membership_inference`` (fraction of the forget set that the
         attacker takes for test data) and ``attacker_accuracy`` (the balanced accuracy
-        of this attacker on the retain and test sets).
+        of this attacker on the retain and test sets). Of a model that diverged, whose
+        outputs are NaN, all but the accuracies are NaN.
 
     Source: paper, Section 5.1.
     """
-    attack = membership_inference(
-        retain.confidences, test.confidences, forget.confidences
-    )
+    attack = attack_on(retain, test, forget)
     return {
         "unlearning_accuracy": unlearning_accuracy(forget.correct),
         "retain_accuracy": accuracy(retain.correct),
@@ -163,6 +163,25 @@ def summarise(
         "membership_inference": attack.forget_called_test,
         "attacker_accuracy": attack.attacker_accuracy,
     }
+
+
+def attack_on(
+    retain: Predictions, test: Predictions, forget: Predictions
+) -> MembershipInference:
+    """Attack the membership of the forget set; NaN if the model diverged.
+
+    Args:
+        retain: Predictions on the retain set.
+        test: Predictions on the test set.
+        forget: Predictions on the forget set.
+
+    Returns:
+        The result of ``membership_inference``, or NaN if a confidence is NaN.
+    """
+    found = [part.confidences for part in (retain, test, forget)]
+    if any(np.isnan(one).any() for one in found):
+        return MembershipInference(math.nan, math.nan)
+    return membership_inference(*found)
 
 
 def tug_of_war(

@@ -49,7 +49,8 @@ class Predictions:
         confidences: Softmax probability of the label, float64 ``(n,)``, in [0, 1].
         margins: ``ln(p / (1 - p))`` of the confidence p, computed without the
             cancellation at p near 1, float64 ``(n,)``.
-        correct: Whether the label has the largest output, bool ``(n,)``.
+        correct: Whether the label has the largest output, bool ``(n,)``; false where
+            outputs are NaN, as those of a model that diverged.
     """
 
     losses: NDArray[np.float64]
@@ -143,7 +144,7 @@ def _batch(
         losses.cpu().double().numpy(),
         margins.sigmoid().numpy(),
         margins.numpy(),
-        (scores.argmax(1) == column[:, 0]).numpy(),
+        ((scores.argmax(1) == column[:, 0]) & ~margins.isnan()).numpy(),
     )
 
 

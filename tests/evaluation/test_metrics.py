@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from opacus_pi.evaluation import accuracy, predict, unlearning_accuracy
+from opacus_pi.evaluation import accuracy, evaluate, predict, unlearning_accuracy
 
 
 def test_accuracies_are_means():
@@ -24,3 +24,18 @@ def test_predictions_and_labels_are_not_correctness():
         for wrong in ([0, 2, 1], [0.3, 0.5], predictions.losses, ["a", "b"], model):
             with pytest.raises(ValueError, match="must be true or false for each exam"):
                 metric(wrong)
+
+
+@pytest.mark.parametrize("diverged", [True, False])
+def test_a_model_that_diverged_is_right_about_nothing(diverged):
+    model = torch.nn.Linear(2, 3)
+    if diverged:
+        torch.nn.init.constant_(model.weight, torch.nan)
+    data = TensorDataset(torch.randn(6, 2), torch.arange(6) % 3)  # two of label 0
+    parts = {"forget": data, "retain": data, "test": data}
+    found = evaluate(model, torch.nn.CrossEntropyLoss(), **parts)
+    accuracies = {name for name in found if not np.isnan(found[name])}
+    known = {"unlearning_accuracy", "retain_accuracy", "test_accuracy"}
+    assert accuracies == (known if diverged else set(found))
+    if diverged:
+        assert [found[name] for name in sorted(known)] == [0.0, 0.0, 1.0]
