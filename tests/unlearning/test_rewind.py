@@ -751,6 +751,7 @@ def test_a_plan_by_policy_says_what_the_policy_is_worth(
     plan = private.unlearner().plan_rewind(
         [3], checkpoints=private.states, deletion_policy=POLICY
     )
+    numbers = {"policy": DeletionPolicy(2.0, 1e-5), **numbers}
     text = dataclasses.replace(plan, **numbers).cost_text
     assert said in text and not_said not in text
 
@@ -758,8 +759,9 @@ def test_a_plan_by_policy_says_what_the_policy_is_worth(
 def test_a_plan_has_the_bound_without_a_rewind_and_the_charge_of_an_update(private):
     options = {"checkpoints": private.states, "deletion_policy": POLICY}
     plan = private.unlearner().plan_rewind([3], **options)
-    guarantee = private.unlearner().plan([3]).guarantee
-    kept = max(guarantee.epsilon(1e-5), guarantee.reverse_epsilon(1e-5))
+    guarantee = private.unlearner().plan([3], delta=POLICY.delta).guarantee
+    delta = POLICY.delta
+    kept = max(guarantee.epsilon(delta), guarantee.reverse_epsilon(delta))
     assert plan.kept_epsilon == pytest.approx(kept)
     record = private.states.record
     charge = (record.max_grad_norm[0] / record.noise_std[0] / POLICY.mu) ** 2
