@@ -78,10 +78,14 @@ with three, this claim cannot be borne out.
 judges were chosen after the first curves on Fashion-MNIST had been seen, and before any
 run with 20 forget sets. They were changed on 30 November 2026, after a statistician
 from outside had fooled several of them with simulated data, and still before any such
-run; what was changed is listed below. Limits of correlations (fig2, ranks, literal)
-were chosen when similar correlations over all examples were known, and the margins of
-*alike* after five sets had been seen. So the claims about forget sets are tested on new
-runs; those about correlations were not.
+run. After a second attack by simulated data they were changed once more on the same
+day. The change was made before the order of any speeds was known to those who made it,
+but fig1-middle and fig5 had been judged when it was adopted, and it changed their
+verdicts: by UA, hard sets were *not slower*, and MIA approached the oracle's; both are
+now *undecided*. What was changed is listed below. Limits of correlations (fig2, ranks,
+literal) were chosen when similar correlations over all examples were known, and the
+margins of *alike* after five sets had been seen. So the claims about forget sets are
+tested on new runs; those about correlations were not.
 
 **Two claims** replace "takes longer". A harder set is *farther* if its gap before
 unlearning is larger: the signed distance of a metric from the mean oracle. It is
@@ -93,14 +97,17 @@ that closed at least a fifth of the gap. Every training and every oracle chooses
 turn: a verdict stands if two thirds of these choices give it, and their number is
 shown. The movement of the same metric on retained images is subtracted from the gap,
 since a loss of accuracy on all images is no unlearning; if it exceeds five points on
-average, nothing is judged. No set may overshoot its oracles by more than five points,
-and no run may cost more than five points of test accuracy. Both claims need at least
-five trainings and three oracles for each set. A trend over the sets of one data set may
-come from a few classes that differ; it is claimed for this data set only. Figure 8
-compares the smallest with the largest size of the forget sets, and no other. Figure 3
-compares four sets with four others, which is too few to refute one of its many parts.
-The first epoch within five points, the paper's number, is stored too. It says little: a
-run can cross the five points and move on.
+average, nothing is judged. Forgotten images may not share this movement, so the verdict
+must be the same without the subtraction. By UA it must also be the same if forgotten
+images end with as many more errors than the oracles make as test images do. No set may
+overshoot its oracles by more than five points, and no run may cost more than five
+points of test accuracy. Both claims need at least five trainings and three oracles for
+each set. A trend over the sets of one data set may come from a few classes that differ;
+it is claimed for this data set only. Figure 8 compares the smallest with the largest
+size of the forget sets, and no other. Figure 3 compares four sets with four others,
+which is too few to refute one of its many parts. The first epoch within five points,
+the paper's number, is stored too. It says little: a run can cross the five points and
+move on.
 
 **Intervals**, in brackets, are two-sided 95 % intervals and show how large an effect
 is. Verdicts follow from p-values, which are one-sided, of the named side, and compared
@@ -127,15 +134,31 @@ These cases are known to fool judges, or are not judged; the second table has ra
   below the others are often not drawn, so that a mean of 0 looks positive. With one
   such set in ten or in twenty, more than 40 % of the simulated studies confirm a
   difference that does not exist, and still 10 % if 40 % of the sets are far below.
-- **Rare trainings and oracles** (all judges): what happens in one training of six is
-  often not among five. Accuracies are called alike although one set fails in some runs,
-  and barriers comparable although some oracles have none. If trainings are of two
-  kinds, 7 % of the studies with five trainings find an order that is not there on
-  average, 12 % of those with three, and 2 % of those with ten.
+- **Rare trainings** (all judges): what happens in one training of six is often not
+  among five. Accuracies are called alike although one set fails in some runs. If
+  trainings are of two kinds, 5 % of the studies with five trainings find an order that
+  is not there on average, and 2 % of those with ten. An order is not judged with fewer
+  than five.
 - **Classes** (all judges of an order): over other classes the trend may be absent.
+- **Rare classes** (fig2, fig9, ranks, literal): if one class in ten is far below the
+  limit of a correlation, ten classes often contain none, and a third of the simulated
+  studies find the mean above the limit. The claim is about the classes of this data
+  set.
+- **Neighbours in the ranking** (all tests over sets): if sets next to each other
+  resemble each other, there are fewer independent sets than the test counts. With a
+  correlation of 0.8 between neighbours, a quarter of the simulated studies find an
+  order that is not there. With sets of three kinds, 11 % find a mean difference.
+- **Trainings that rank** (all claims about forget sets): the examples are ranked by the
+  ledgers of the same trainings that are then unlearned. The claims are about trainings
+  whose ledgers rank the sets. In other trainings the same sets may show no order.
 - **Damage that depends on difficulty** (*slower*): only the mean movement of retained
   images is subtracted. If a method hurts hard images more than others, it looks faster
   on hard sets.
+- **As many points on all sets** (*slower*): they are a large share of a small gap. If
+  all sets overshoot by up to 4.5 points for some epochs, the easy ones look faster, and
+  6 % of the simulated studies find hard sets slower. If all stop some points short of
+  the oracles, easy sets look slower. Where such an offset is not seen on retained or
+  test images, nothing corrects it.
 - **Budgets from the loss** (predicted) are described and not judged. The mean gain is
   so small beside its spread over sets that no test of 20 sets has any power.
 
@@ -186,6 +209,23 @@ again, with 10 epochs instead of 15, and the figure rates with the rates 0.05, 0
 damaged the model first. These choices were made by the share of the gap that was
 closed, the movement of retained images and overshooting; the order of the speeds had
 not been looked at.
+
+The second attack fooled *slower* again. If the metric of retained images moved by three
+points and forgotten images did not follow, 78 % of the studies of equal speed were
+borne out. Or a weak true difference was not borne out, in 61 %. If forgotten and test
+images ended two points worse than with the oracles, 9 % were borne out. A verdict on
+speeds must now be the same by each account of what forgotten images share; none of
+these studies is fooled any more, and the power falls from 74 to 69 % in the simulated
+case that is most like the measured sets. Where the metric of all retained images falls
+by three points, even sets that are 2.7 times slower are no longer found (before: 90 %):
+the numbers cannot tell this from a movement that forgotten images do not share. Early
+in the runs of fig1-middle, retained images moved by one to two points (UA). With this
+subtracted the rank correlation of slowness with difficulty is -0.89, without it -0.44.
+The best proxy must lead with and without artanh. Before, one that led only in classes
+near 1 was called best in all studies. The 97.5 % limit of a barrier took the mean of
+pairs of five oracles for more exact than it is. With rare oracles without a barrier it
+erred in 19 % of the studies, and now in 1 %. Its power falls from 78 to 58 % in one
+simulated case. Five further cases were added to the list of those that fool judges.
 
 Before the statistician, other judges were mended. The test of correlations took the
 examples for independent, although those of one class resemble each other. It now needs

@@ -213,6 +213,29 @@ def test_correlations_are_judged_over_classes_and_trainings():
     assert ahead(better, better).verdict == UNDECIDED
 
 
+def test_a_lead_in_classes_near_one_is_no_lead_on_average():
+    """The artanh of 0.999 minus that of 0.998 outweighs 0.4 minus 0.7."""
+    trainings = np.array([0.95, 0.96, 0.95])
+    better = np.array([0.999] * 9 + [0.4]) + 1e-5 * np.arange(10)
+    worse = np.array([0.998] * 9 + [0.7]) + 1e-5 * np.arange(10)
+    assert (np.arctanh(better) - np.arctanh(worse)).mean() > 0.2
+    found = ahead(Correlations(trainings, better), Correlations(trainings, worse))
+    assert found.verdict == UNDECIDED
+
+
+def test_pairs_that_share_oracles_are_not_independent():
+    """The limit on one set covers a baseline that is a sum of two oracles' parts."""
+    left, right = np.triu_indices(5, 1)
+    own = RNG(0).normal(size=(20_000, 5))
+    pairs = own[:, left] + own[:, right]
+    of_mean = pairs.var(1, ddof=1) * (2 / 3) * (9 / 10)
+    assert of_mean.mean() == pytest.approx(pairs.mean(1).var(), rel=0.03)
+    values, baseline = np.full((5, 8), 50.0), 100 + pairs[:8]
+    limits = 50 - baseline.mean(1) + stats.t.isf(LEVEL, 4) * np.sqrt(of_mean[:8])
+    found = at_most(values, baseline, 1.0, "barrier")
+    assert f"on the worst set at most {limits.max():+.3f}" in found.reason
+
+
 def test_scores_that_only_tell_classes_apart_do_not_correlate_within_them():
     rng, labels = RNG(0), np.repeat(np.arange(5), 40)
     first, second = (100 * labels + rng.normal(size=200) for _ in range(2))

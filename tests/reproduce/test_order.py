@@ -25,6 +25,7 @@ from benchmarks.reproduce.judging.verdicts import (
     BORNE_OUT,
     NOT_BORNE_OUT,
     NOT_TESTABLE,
+    UNDECIDED,
 )
 
 RNG = np.random.default_rng
@@ -109,6 +110,36 @@ def test_sets_are_chosen_and_measured_by_different_trainings_and_oracles():
     # metric minus the mean of the last two oracles, in the last four trainings
     expected = runs.gaps[1:] - runs.oracles[1:].mean(0)[:, None]
     np.testing.assert_allclose(runs.rest().gaps, expected)
+
+
+def test_forgotten_images_share_movements_by_several_accounts():
+    runs = drawn(PLAIN.but(moved=0.03, unseen=0.02))
+    shared, alone, unseen = runs.accounts()
+    np.testing.assert_array_equal(shared.gaps, runs.gaps - runs.moved)
+    assert alone is runs
+    further = runs.lost.mean(0)[:, None]  # errors, on unseen images
+    np.testing.assert_allclose(unseen.to_go, runs.to_go + further)
+    assert len(replace(runs, counts_errors=False).accounts()) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken_for"),
+    [
+        ({"moved": -0.03, "alone": True}, BORNE_OUT),
+        ({"moved": 0.03, "alone": True}, NOT_BORNE_OUT),
+        ({"unseen": 0.03}, BORNE_OUT),
+        ({"unseen": -0.03}, NOT_BORNE_OUT),
+    ],
+)
+def test_points_that_all_sets_share_are_no_speed(changes, taken_for, monkeypatch):
+    """They are a larger share of a small gap, so that one account is not enough."""
+    truth = PLAIN.but(start=0.3, farther=0.44, gaps=0.0, speeds=0.0, seeds=6)
+    truth = truth.but(oracle_noise=(0.002, 0.002), speed=0.2, epochs=10)
+    runs = drawn(truth.but(**changes))
+    runs = replace(runs, lost=np.full_like(runs.lost, truth.but(**changes).unseen))
+    assert judge_slower(runs).verdict == UNDECIDED
+    monkeypatch.setattr(Runs, "accounts", lambda self: [self.unlearned()])
+    assert judge_slower(runs).verdict == taken_for
 
 
 def test_one_set_that_overshoots_or_is_damaged_prevents_a_verdict():

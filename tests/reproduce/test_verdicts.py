@@ -14,6 +14,7 @@ from benchmarks.reproduce.judging.verdicts import (
     NOT_TESTABLE,
     UNDECIDED,
     Verdict,
+    agreed,
     combined,
     of_tests,
 )
@@ -177,6 +178,19 @@ def test_one_part_of_many_must_fail_more_clearly():
     nested = combined({"one": two, "two": yes})
     assert nested.verdict == UNDECIDED and "among 3 parts" in nested.reason
     assert combined({"one": two, "two": Verdict(NOT_TESTABLE)}).verdict == NOT_BORNE_OUT
+
+
+def test_measurements_of_one_claim_must_agree():
+    yes, open_ = Verdict(BORNE_OUT, "first"), Verdict(UNDECIDED)
+    noes = [Verdict(NOT_BORNE_OUT, p_against=p) for p in (0.001, 0.02, 0.01)]
+    assert agreed([yes, yes]) == yes
+    assert agreed(noes).verdict == NOT_BORNE_OUT and agreed(noes).p_against == 0.02
+    for other in (open_, noes[0]):
+        found = agreed([yes, other])
+        assert found.verdict == UNDECIDED and found.p_against == 1.0
+        assert found.reason.startswith("first; by what forgotten images share: borne")
+    assert agreed([yes, Verdict(NOT_TESTABLE)]).verdict == NOT_TESTABLE
+    assert agreed(iter([open_, None])) == open_  # the second is not made
 
 
 def test_both_sides_are_tested_at_two_and_a_half_percent():

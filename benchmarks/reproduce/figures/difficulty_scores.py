@@ -37,6 +37,7 @@ from benchmarks.reproduce.judging.runs import SLOWNESS, Runs
 from benchmarks.reproduce.judging.verdicts import (
     NOT_TESTABLE,
     Verdict,
+    agreed,
     combined,
 )
 from benchmarks.reproduce.scales import Scale
@@ -154,10 +155,11 @@ def _harder(of_loss: Result, other: Result, metric: str) -> Verdict:
     if reason:
         return Verdict(NOT_TESTABLE, f"{reason}; {shared}")
     gaps = [one.to_go[:, :, 0] for one in pair]
-    speeds = [one.unlearned().slowness() for one in pair]
+    accounts = zip(*(one.accounts() for one in pair), strict=True)
+    speeds = [[one.slowness() for one in account] for account in accounts]
     parts = {
         FARTHER: groups_differ(*gaps, "gap before unlearning larger by"),
-        SLOWER: groups_differ(*speeds, f"{SLOWNESS}, larger by"),
+        SLOWER: agreed(groups_differ(*one, f"{SLOWNESS}, larger by") for one in speeds),
     }
     return combined(parts, shared)
 

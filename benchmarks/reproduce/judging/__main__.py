@@ -1,6 +1,6 @@
 """Simulate every judge: how often does it confirm a claim that is false, or true?
 
-    python -m benchmarks.reproduce.judging --jobs 2    # four minutes of one core
+    python -m benchmarks.reproduce.judging --jobs 2    # five minutes of one core
 
 Writes benchmarks/results/reproduce/judges.json and judges.md.
 """

@@ -76,8 +76,8 @@ def at_most(
     Args:
         values: ``(seeds, sets)``.
         baseline: Values of all pairs of the models to compare with, ``(sets, pairs)``.
-            Pairs share models, so they count as half as many values as there are
-            models.
+            Pairs share models, so the variance of their mean is that of a sum of two
+            models' parts.
         factor: The multiple, fixed beforehand.
         what: What the values are, for the text.
     """
@@ -89,7 +89,8 @@ def at_most(
     of_runs = of_sets.var(0, ddof=1) / seeds
     own = of_sets.mean(0) - factor * pairs.mean(1)
     all_sets = of_sets.mean(0) - factor * pairs.mean()
-    of_own = factor**2 * pairs.var(1, ddof=1) / (models / 2)
+    shared = 2 / (models - 2) * (1 - 1 / pairs.shape[1])
+    of_own = factor**2 * pairs.var(1, ddof=1) * shared
     of_all = factor**2 * pairs.mean(1).var(ddof=1) / len(pairs)
     error, freedom = np.sqrt(of_runs + of_own), min(seeds, models) - 1
     largest = float((own + stats.t.isf(LEVEL, freedom) * error).max())

@@ -12,7 +12,8 @@ Correlations are transformed by Fisher's artanh, so that an interval never leave
 [-1, 1]. Student's intervals over classes and over trainings are added as independent
 errors. The artanh of a correlation near 1 is so large that a few such classes would
 outweigh others that are far below a limit. So a mean correlation must be above a limit,
-or below it, both as it is and by its artanh. Classes of fewer than 30 examples are left
+or below it, both as it is and by its artanh, and so must a lead over another one.
+Classes of fewer than 30 examples are left
 out: with two or three, the rank correlation is often exactly 1.
 """
 
@@ -192,10 +193,12 @@ def ahead(found: Correlations, other: Correlations) -> Verdict:
     both = zip(_artanh(found), _artanh(other), strict=True)
     classes, trainings = (one - two for one, two in both)
     lead = _mean(classes, trainings)
+    plain = _mean(
+        found.of_classes - other.of_classes, found.of_trainings - other.of_trainings
+    )
     half = lead[1](LEVEL)
     interval = ConfidenceInterval(lead[0], lead[0] - half, lead[0] + half)
     return of_tests(
-        _p_above(lead, 0.0),
-        _p_above((-lead[0], lead[1]), 0.0),
+        *_tests(lead, plain, 0.0),
         f"by {text_of(interval)} (of artanh) within {found.text()}",
     )

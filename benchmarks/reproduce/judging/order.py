@@ -12,7 +12,9 @@ the oracles on average. The claim does not depend on the method.
 **Slower.** Statistic: the share of the gap that remained, on average over the run (the
 area under the signed gap, divided by the gap before unlearning and by the epochs). The
 movement of the metric on retained images is subtracted from the gap first: a loss of
-accuracy on all images is no unlearning. Judged on the sets with something to forget, a
+accuracy on all images is no unlearning. The verdict must be the same without this, and
+by UA also if forgotten images make as many more errors as test images do
+(``Runs.accounts``). Judged on the sets with something to forget, a
 gap of more than five points in one training by one oracle; they are then measured with
 the other trainings and oracles, and every training and oracle chooses in turn
 (``choices``). At least eight such sets are needed, and
@@ -51,6 +53,7 @@ from benchmarks.reproduce.judging.runs import MOST_LOST, MOST_MOVED, Runs
 from benchmarks.reproduce.judging.verdicts import (
     NOT_TESTABLE,
     Verdict,
+    agreed,
     combined,
     of_tests,
     text_of,
@@ -100,13 +103,19 @@ def slower_by_first(runs: Runs) -> Verdict:
     reason = speeds_unusable(runs, judged)
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    found = rank_test(runs.difficulty[judged], slowness_of(runs, judged))
-    return verdict_of(found, "share of the gap that remained: ")
+    difficulty, what = runs.difficulty[judged], "share of the gap that remained: "
+    return agreed(
+        verdict_of(rank_test(difficulty, one), what)
+        for one in slowness_of(runs, judged)
+    )
 
 
-def slowness_of(runs: Runs, judged: Bools) -> Floats:
-    """Return the slowness of chosen sets in all trainings and oracles but the first."""
-    return runs.rest().only(judged).unlearned().slowness()
+def slowness_of(runs: Runs, judged: Bools) -> list[Floats]:
+    """Return the slowness of chosen sets by each account of what they share.
+
+    It is measured in all trainings, and by all oracles, but the first.
+    """
+    return [one.slowness() for one in runs.rest().only(judged).accounts()]
 
 
 def speeds_unusable(runs: Runs, judged: Bools) -> str:

@@ -11,6 +11,12 @@ forget set shares this movement, although nothing of it is unlearned. So the mov
 the same metric on retained images since the start of the run is subtracted from the gap
 wherever something that was *unlearned* is measured.
 
+How much of it forgotten images share is not known. Once they are forgotten they may
+move like images that the model has never seen, or not at all. The same number of points
+is a large share of a small gap, so a wrong guess makes near sets look faster or slower
+than far ones. Speeds are therefore compared by several *accounts* of what forgotten
+images share, and a verdict must hold by all of them.
+
 Sets with something to forget are chosen by one training and one oracle, and measured
 with all others. A choice by the measured value itself would favour sets whose value is
 large by chance, and such a value falls again without any unlearning.
@@ -52,6 +58,8 @@ class Runs:
             of ``gaps``; 0 if the metric has no counterpart on them.
         least_gap: Gap before unlearning that a set must exceed to be judged, a number
             or one for each set; five points if the metric is an accuracy.
+        counts_errors: The metric is the share of wrong labels, as UA is, so that the
+            lost test accuracy is its counterpart on images never seen.
     """
 
     difficulty: Floats
@@ -61,6 +69,7 @@ class Runs:
     moved: Floats
     toward: int = 1
     least_gap: float | Floats = LEAST_GAP
+    counts_errors: bool = False
 
     @staticmethod
     def of_panel(panel: dict[str, Any], metric: str) -> "Runs":
@@ -71,6 +80,7 @@ class Runs:
             np.array(panel["lost"], dtype=np.float64),
             np.array(panel["oracles"][metric], dtype=np.float64),
             np.array(panel["moved"][metric], dtype=np.float64),
+            counts_errors=metric == "UA",
         )
 
     @property
@@ -118,6 +128,19 @@ class Runs:
         return replace(
             self, gaps=self.gaps - self.moved, moved=np.zeros_like(self.moved)
         )
+
+    def accounts(self) -> list["Runs"]:
+        """Return the runs by each account of what forgotten images share with others.
+
+        The first one is that of ``unlearned``: they move as retained images do. By the
+        second one they do not. By the third one, if the metric counts errors, they end
+        with as many more errors than the oracles make as unseen images do.
+        """
+        found = [self.unlearned(), self]
+        if self.counts_errors:
+            further = self.toward * self.lost.mean(0)[:, None]
+            found.append(replace(self, gaps=self.gaps - further))
+        return found
 
     def _of_each_run(self) -> Floats:
         """Return the oracles as ``(oracles, seeds, sets)``."""

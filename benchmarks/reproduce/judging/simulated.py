@@ -57,6 +57,27 @@ def _of_classes(rng: Rng) -> Verdict:
     return rising([losses[one].mean() for one in sets], gaps + noise)
 
 
+def _of_these_trainings(rng: Rng) -> Verdict:
+    """Draw gaps that depend on what the ledgers of the same trainings rank by.
+
+    Each training has losses of its own, and its gaps rise with them. In any other
+    training, gap and ranking are independent.
+    """
+    losses = rng.normal(size=(SEEDS, 4_000))
+    order = losses.mean(0).argsort()
+    gaps = (0.3 + 0.15 * losses)[:, order].reshape(SEEDS, SETS, -1).mean(2)
+    ranked = losses.mean(0)[order].reshape(SETS, -1).mean(1)
+    return rising(ranked, gaps + 0.01 * rng.normal(size=(SEEDS, SETS)))
+
+
+def _alike_neighbours(rng: Rng) -> Verdict:
+    """Draw sets of which neighbours in the ranking resemble each other."""
+    places = np.arange(SETS)
+    alike = 0.8 ** np.abs(places[:, None] - places)
+    of_sets = rng.multivariate_normal(np.zeros(SETS), alike)
+    return rising(places, of_sets + 0.1 * rng.normal(size=(SEEDS, SETS)))
+
+
 _RISES = "rises with difficulty (1 right)"
 _PARTS = "all of 12 parts rise (composite claims)"
 
@@ -85,6 +106,20 @@ SCENARIOS = [
         "a trend that comes from ten classes, for other classes",
         False,
         _of_classes,
+        fools=True,
+    ),
+    Scenario(
+        _RISES,
+        "neighbours in the ranking alike, no trend",
+        False,
+        _alike_neighbours,
+        fools=True,
+    ),
+    Scenario(
+        _RISES,
+        "rises only in the trainings that rank the examples",
+        False,
+        _of_these_trainings,
         fools=True,
     ),
     Scenario(_RISES, "rises", True, lambda r: _barriers(r, 1.2)),

@@ -4,6 +4,7 @@ Every training and every oracle chooses these sets in turn, as for *slower*.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.reproduce.judging.choices import by_every_choice
 from benchmarks.reproduce.judging.contrasts import groups_differ, larger, shrinks
@@ -16,7 +17,9 @@ from benchmarks.reproduce.judging.order import (
     speeds_unusable,
 )
 from benchmarks.reproduce.judging.runs import SLOWNESS, Runs
-from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict
+from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict, agreed
+
+Floats = NDArray[np.float64]
 
 
 def judge_hardest(runs: Runs, order: Verdict) -> Verdict:
@@ -38,7 +41,11 @@ def _hardest_by_first(runs: Runs) -> Verdict:
     reason = speeds_unusable(runs, judged)
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    scores = slowness_of(runs, judged)
+    return agreed(_hardest_of(one) for one in slowness_of(runs, judged))
+
+
+def _hardest_of(scores: Floats) -> Verdict:
+    """Compare the hardest quarter of the sets, the last ones, with the others."""
     number = max(4, scores.shape[1] // 4)
     assert scores.shape[1] >= FEWEST_SETS >= 2 * 4
     hardest, others = scores[:, -number:], scores[:, :-number]
@@ -74,7 +81,8 @@ def _shrinking_by_first(small: Runs, large: Runs) -> Verdict:
         reason = speeds_unusable(runs, judged)
         if reason:
             return Verdict(NOT_TESTABLE, f"positions of both sizes: {reason}")
-    return shrinks(*(slowness_of(one, judged) for one in both), SLOWNESS)
+    pairs = zip(*(slowness_of(one, judged) for one in both), strict=True)
+    return agreed(shrinks(*pair, SLOWNESS) for pair in pairs)
 
 
 def judge_approach(runs: Runs) -> Verdict:
@@ -95,6 +103,10 @@ def _approach_by_first(runs: Runs) -> Verdict:
     reason = moved_too_much(measured) or overshot_or_damaged(runs.only(judged))
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    to_go = measured.unlearned().to_go
-    before, after = (np.abs(to_go[:, :, when]) for when in (0, -1))
+    return agreed(_closer(one) for one in measured.accounts())
+
+
+def _closer(runs: Runs) -> Verdict:
+    """Decide whether the gaps are smaller after the run than before it."""
+    before, after = (np.abs(runs.to_go[:, :, when]) for when in (0, -1))
     return larger(before, after, "gap before against after the run; closer by")

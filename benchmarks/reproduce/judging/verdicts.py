@@ -12,6 +12,7 @@ nothing in it is random, so no test applies. It is *computed*, and holds or does
 A claim of which no test has any power is *described, not judged*.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -171,6 +172,28 @@ def of_tests(p_for: float, p_against: float, text: str) -> Verdict:
     if p_against <= LEVEL:
         return Verdict(NOT_BORNE_OUT, text, p_against=p_against)
     return Verdict(UNDECIDED, text)
+
+
+def agreed(found: Iterable[Verdict]) -> Verdict:
+    """Return the verdict on which several measurements of one claim agree.
+
+    Where two of them differ, the claim is undecided. The first measurement that decides
+    nothing is the last one to be made.
+
+    Args:
+        found: At least one verdict; the text of the first one is kept.
+    """
+    made: list[Verdict] = []
+    for one in found:
+        made.append(one)
+        kinds = [each.verdict for each in made]
+        if len(set(kinds)) > 1:
+            text = f"{made[0].reason}; by what forgotten images share: "
+            kind = NOT_TESTABLE if NOT_TESTABLE in kinds else UNDECIDED
+            return Verdict(kind, text + ", ".join(kinds))
+        if one.verdict not in (BORNE_OUT, NOT_BORNE_OUT):
+            break
+    return replace(made[0], p_against=max(one.p_against for one in made))
 
 
 def combined(verdicts: dict[str, Verdict], reason: str = "") -> Verdict:
