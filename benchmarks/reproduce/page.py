@@ -201,9 +201,9 @@ multiple of the mean baseline of all sets. Oracles of different sets no longer s
 their seeds.
 
 The first runs with these judges showed a third error of the search. Its limits held
-after the run only, and of the good settings it chose the fastest. At that rate fine-
-tuning raised the error on retained images by nine points in its first epoch and closed
-more than half of the gap at once, and L1-sparse did so still more; the model was
+after the run only, and of the good settings it chose the fastest. At that rate
+fine-tuning raised the error on retained images by nine points in its first epoch and
+closed more than half of the gap at once, and L1-sparse did so still more; the model was
 repaired in later epochs. Speeds could not be judged (fig1-middle, fig5, fig6). The
 limits now hold at every evaluation, for retained images as well. The runs were made
 again, with 10 epochs instead of 15, and the figure rates with the rates 0.05, 0.07 and
