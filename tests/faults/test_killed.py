@@ -46,19 +46,24 @@ def test_the_old_or_the_new_and_never_a_part(tmp_path, name):
 def test_at_any_time_in_a_loop_of_writes(tmp_path):
     write_ledger(tmp_path, 0)
 
+    ready, started = os.pipe()
+
     def loop():
+        write_ledger(tmp_path, 1)
+        os.write(started, b"1")
         while True:
-            write_ledger(tmp_path, 1)
             write_ledger(tmp_path, 0)
+            write_ledger(tmp_path, 1)
 
     chance, found = random.Random(1), set()
     for _ in range(15):
         child = fork(loop)
+        os.read(ready, 1)
         time.sleep(chance.uniform(0.001, 0.02))
         os.kill(child, signal.SIGKILL)
         assert ended(child) == -signal.SIGKILL
         found.add(read_ledger(tmp_path))
-    assert found == {0, 1}
+    assert 1 in found and found <= {0, 1}
 
 
 def test_what_a_killed_process_leaves_is_replaced_not_read(tmp_path):
