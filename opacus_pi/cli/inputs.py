@@ -32,10 +32,12 @@ from opacus_pi.cli.imports import (
     import_object,
 )
 from opacus_pi.files.regular_file import require_readable_once, require_regular
+from opacus_pi.files.state_dict_file import tensors_of
 from opacus_pi.files.torch_file import read_torch_file
 from opacus_pi.files.weights_file import read_plain_weights
 from opacus_pi.integration.checkpoints import ledger_in_checkpoint
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
+from opacus_pi.models.stored_names import with_names_of
 from opacus_pi.unlearning.erased_data import known_data_set
 from opacus_pi.unlearning.requests import remaining_by_log
 
@@ -46,8 +48,6 @@ _LEDGER_REMEDY = (
 _WEIGHTS_REMEDY = (
     "Save the weights with safetensors.torch.save_file(model.state_dict(), path)."
 )
-_CHECKPOINT_STATE = "module_state_dict"  # in a checkpoint of Opacus
-_WRAPPED = "_module."  # Opacus's GradSampleModule puts it before every name
 
 
 def load_ledgers(
@@ -341,12 +341,10 @@ def load_weights(flag: str, path: str, model: nn.Module) -> nn.Module:
     """
     with about(flag, _WEIGHTS_REMEDY):
         state = _read_state(flag, path)
-    wrapped = bool(state) and all(name.startswith(_WRAPPED) for name in state)
-    if wrapped and not all(name.startswith(_WRAPPED) for name in model.state_dict()):
-        state = {name.removeprefix(_WRAPPED): value for name, value in state.items()}
+    state = with_names_of(model, state)
     _require_numbers_of(model, state, f"{flag}: {path}")
     try:
-        model.load_state_dict({**_tied(model, state), **state})
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise BadInput(
             f"{flag}: {path} does not fit the model: {one_line(error)[:300]} "
@@ -385,31 +383,6 @@ def _require_numbers_of(
             )
 
 
-def _tied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights that a file holds under another name of the same tensor.
-
-    A model may use one tensor under several names. Files of safetensors keep one of the
-    names, because they do not store memory that is shared.
-
-    Args:
-        model: The model, whose tensors show which names are tied.
-        state: The weights of the file, by name.
-    """
-    names: dict[tuple[Any, ...], list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and tensor.numel():
-            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            names.setdefault(place, []).append(name)
-    return {
-        missing: state[given]
-        for tied in names.values()
-        for given in tied
-        if given in state
-        for missing in tied
-        if missing not in state
-    }
-
-
 def _read_state(flag: str, path: str) -> dict[str, Tensor]:
     """Read the tensors of a file by name.
 
@@ -434,7 +407,7 @@ def _read_state(flag: str, path: str) -> dict[str, Tensor]:
     try:
         if suffix == ".safetensors":
             return read_plain_weights(path)
-        state = read_torch_file(path, map_location="cpu")
+        state = tensors_of(read_torch_file(path, map_location="cpu"))
     except torch.OutOfMemoryError:
         raise
     except (ValueError, UnpicklingError, RuntimeError, EOFError) as error:
@@ -443,11 +416,7 @@ def _read_state(flag: str, path: str) -> dict[str, Tensor]:
             f"{flag}: {path} is not a readable file of tensors ({first[:160]}). "
             f"{_WEIGHTS_REMEDY}"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get(_CHECKPOINT_STATE), dict):
-        state = state[_CHECKPOINT_STATE]
-    if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
+    if state is None:
         raise BadInput(
             f"{flag}: {path} holds more than a state dict. "
             "Save model.state_dict(), not a checkpoint of everything."

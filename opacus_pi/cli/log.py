@@ -147,8 +147,10 @@ def _submitted_text(
         lines.append(shared_text(facts["also_of"]))
     if any(row["state"] == "pending" for row in facts["submitted"]):
         lines.append(
-            "To carry out what is pending, call 'opacus-pi unlearn --pending --log "
-            f"{options.log}'."
+            f"To carry out what is pending, call 'opacus-pi unlearn --pending --log "
+            f"{options.log} --ledger LEDGER --model M:NAME --weights FILE --data "
+            f"{options.train_set or 'M:NAME'} --out DIR'. Name the ledger of the "
+            "training: without it, no bound can be claimed."
         )
     if key:
         lines.append(

@@ -110,6 +110,16 @@ OF_UNLEARN = (
         without="--ledger",
     ),
     NoEffect(
+        ("--without-ledger",),
+        "a ledger is named. Leave out --without-ledger, or --ledger.",
+        beside="--ledger",
+    ),
+    NoEffect(
+        ("--without-ledger",),
+        "without a log it suffices to leave out --ledger. Leave out both.",
+        without="--log",
+    ),
+    NoEffect(
         ("--request-id",),
         "there is no log. Add --log FILE.db.",
         without="--log",

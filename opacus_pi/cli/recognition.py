@@ -39,6 +39,7 @@ from opacus_pi.files.kinds import (
     LOG_EXPORT,
     REPORT,
     TRACE,
+    UNLEARNED_WEIGHTS,
     kind_in,
 )
 from opacus_pi.files.plain_json import plain_json
@@ -57,6 +58,7 @@ from opacus_pi.unlearning.deletion_log import (
 )
 from opacus_pi.unlearning.json_lines_log import FIRST_BYTES, verify_json_lines
 from opacus_pi.unlearning.log_export import verify_export
+from opacus_pi.unlearning.released_weights import hashes_of_weights
 from opacus_pi.unlearning.saved_result import read_guarantee
 
 LOG = "deletion log"
@@ -102,12 +104,16 @@ class Recognised:
             facts; None if nothing in the file can be checked.
         ours: Whether opacus_pi wrote the file.
         reason: Why the file cannot be checked, if that is known.
+        hashes: Returns the SHA-256 of the file and of the weights in it, by the names
+            that a statement about a deletion has for them; None if it is no file of
+            weights.
     """
 
     description: str
     check: Callable[[], dict[str, Any]] | None = None
     ours: bool = False
     reason: str = ""
+    hashes: Callable[[], dict[str, str]] | None = None
 
 
 def recognise(path: Path, head: str | None = None) -> Recognised:
@@ -221,7 +227,8 @@ def _arrays(path: Path, start: bytes) -> Recognised:
     if path.stat().st_size < 8 + length <= _MAX_HEADER:
         return Recognised("safetensors", partial(_cut_off, path, length))
     if not _OURS.search(start[8 : 8 + length]):
-        return Recognised("weights or other arrays (safetensors)")
+        hashes = partial(hashes_of_weights, path)
+        return Recognised("weights or other arrays (safetensors)", hashes=hashes)
     named = named_kind(path)
     if named is None:  # the header is damaged, but may still name a kind
         found = kind_in(start)
@@ -232,7 +239,11 @@ def _arrays(path: Path, start: bytes) -> Recognised:
         read(path)
         return {}
 
-    return Recognised(named or "a file of opacus_pi", check, ours=True)
+    hashes = None
+    if named == UNLEARNED_WEIGHTS.name:
+        hashes = partial(hashes_of_weights, path)
+    description = named or "a file of opacus_pi"
+    return Recognised(description, check, ours=True, hashes=hashes)
 
 
 def _cut_off(path: Path, length: int) -> dict[str, Any]:
@@ -298,7 +309,9 @@ def _archive(path: Path) -> Recognised:
     if isinstance(content, dict):
         states = {k: content[k] for k in (CHECKPOINT_KEY, FILTER_KEY) if k in content}
     if not states and (content is not None or not _has(CHECKPOINT_KEY, path)):
-        return Recognised("an archive, or weights without a recorded run")
+        hashes = partial(hashes_of_weights, path)
+        kind = "an archive, or weights without a recorded run"
+        return Recognised(kind, hashes=hashes)
 
     def check() -> dict[str, Any]:
         if not states:

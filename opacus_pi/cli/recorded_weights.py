@@ -89,7 +89,8 @@ def require_recorded_weights(
         f"{'their trainings' if several else 'its training'} left, and those of {held} "
         "are others: they are of another training, or were changed after it. Nothing "
         "was entered. Name the ledger of the training that left these weights, or "
-        "leave out --ledger; the guarantee is then empirical."
+        f"{'write --without-ledger in place of' if options.log else 'leave out'} "
+        "--ledger; the guarantee is then empirical."
     )
 
 

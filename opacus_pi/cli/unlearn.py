@@ -103,6 +103,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: If the library refuses a value, or the weights file beside the
             deletion log: it does not belong to the log or does not fit the model.
     """
+    _require_ledger_or_without(options)
     _take_back_unfinished(options.log)
     going_back = rewind_options(options)
     method = make_method(options.method, options.settings)
@@ -155,6 +156,27 @@ def run(options: argparse.Namespace) -> int:
     facts |= {"num_erased": len(erased_in(train_set)), "also_of": options.also_of}
     answer(options, facts, _text(facts, result))
     return 0
+
+
+def _require_ledger_or_without(options: argparse.Namespace) -> None:
+    """Refuse a request in a log without a ledger, unless the user says so.
+
+    A request is carried out once. If the ledger is forgotten, no bound can be claimed
+    for it any more.
+
+    Args:
+        options: The parsed arguments.
+
+    Raises:
+        BadInput: If there is a log, and neither a ledger nor ``--without-ledger``.
+    """
+    if options.log and not options.ledger and not options.without_ledger:
+        raise BadInput(
+            "--ledger: none is named, so no bound could be claimed, and a request is "
+            "carried out only once. Nothing was entered. Add --ledger LEDGER, the "
+            "ledger of the training. If there is none, add --without-ledger: the "
+            "guarantee is then empirical."
+        )
 
 
 def _save(

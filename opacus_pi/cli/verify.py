@@ -59,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
         "kind": found.description,
         **_checked(found),
     }
+    if facts["verified"] is not False and found.hashes is not None:
+        facts |= found.hashes()
     answer(options, facts, _text(facts))
     return {True: DONE, False: FAILED, None: NOTHING_TO_CHECK}[facts["verified"]]
 
@@ -91,17 +93,29 @@ def _text(facts: dict[str, Any]) -> str:
 
     Args:
         facts: The answer for programs. ``added`` and ``redacted`` are in it for
-            deletion logs only, ``statement`` for what is shown about a deletion.
+            deletion logs only, ``statement`` for what is shown about a deletion, and
+            ``weights_file`` and ``weights`` for files of weights.
     """
     if facts["verified"] is None:
-        return f"NOT CHECKED: {facts['file']} is {facts['kind']}: {facts['reason']}"
+        why = f"{facts['file']} is {facts['kind']}: {facts['reason']}"
+        return f"NOT CHECKED: {why}{_hashes(facts)}"
     if not facts["verified"]:
         return f"NOT VERIFIED: {facts['reason']}"
     head = f", head {facts['head']}" if "head" in facts else ""
     added = _added(facts.get("added"))
     notes = f"{added}{_redacted(facts)}{_back_in_time(facts)}"
     says = f"\n\n{facts['statement']}" if "statement" in facts else ""
-    return f"verified: {facts['kind']}{head}{notes}{says}"
+    return f"verified: {facts['kind']}{head}{notes}{_hashes(facts)}{says}"
+
+
+def _hashes(facts: dict[str, Any]) -> str:
+    """Return the hashes of a file of weights as lines; empty for other files."""
+    names = {"weights_file": "the file", "weights": "its weights"}
+    return "".join(
+        f"\nSHA-256 of {words}: {facts[name]}"
+        for name, words in names.items()
+        if name in facts
+    )
 
 
 def _back_in_time(facts: dict[str, Any]) -> str:

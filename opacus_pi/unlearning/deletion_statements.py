@@ -38,7 +38,7 @@ from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.strict_json import json_text
 from opacus_pi.unlearning.history import runs_in_words
-from opacus_pi.unlearning.honouring_weights import sha256_of
+from opacus_pi.unlearning.released_weights import require_weights_of
 from opacus_pi.unlearning.unlearner import UnlearningResult
 
 __all__ = ["DeletionStatement", "deletion_statement"]
@@ -293,15 +293,31 @@ def deletion_statement(
         result: The run. ``DeletionRequests.process`` adds the names of the requests to
             its record.
         delta: δ in (0, 1); choose it below 1 / (data set size).
-        weights_path: The file of the weights that is released, to name it by its
-            SHA-256; None: only the weights themselves are named.
+        weights_path: The file of the weights that is released, of safetensors or
+            ``torch.save``, to name it by its SHA-256. Its tensors are compared with
+            the weights that the run left. None: only the weights themselves are named.
 
     Returns:
         The statement. It has no estimate and lists no examples.
 
     Raises:
         FileNotFoundError: If there is no file of that name.
-        ValueError: If δ is outside (0, 1).
+        ValueError: If δ is outside (0, 1), or the file does not hold the weights that
+            the run left.
+    """
+    digest = "" if weights_path is None else require_weights_of(weights_path, result)
+    return statement_of(result, delta, digest)
+
+
+def statement_of(
+    result: UnlearningResult | Any, delta: float, weights_file: str
+) -> DeletionStatement:
+    """Return the statement about a run whose file of weights is known to be its own.
+
+    Args:
+        result: The run.
+        delta: δ in (0, 1).
+        weights_file: SHA-256 of the file of its weights; empty: no file is named.
     """
     record = result.record
     examples: Iterable[int] = (
@@ -316,7 +332,7 @@ def deletion_statement(
         record.get("finished", ""),
         len(set(examples)),
         record.get("unlearned_weights", ""),
-        "" if weights_path is None else sha256_of(Path(weights_path)),
+        weights_file,
         runs,
         len(record.get("forgotten_exactly", ())) if runs else 0,
         len(set(record.get("forget_indices", ()))) if record.get("requests") else 0,

@@ -31,6 +31,7 @@ from opacus_pi.ledger.erased_examples import ErasedExamples
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.models.batches import size_of
 from opacus_pi.recording.checkpoints import Checkpoints
+from opacus_pi.unlearning.claims import left_other_weights, runs_in
 from opacus_pi.unlearning.deletion_log import DeletionLog
 from opacus_pi.unlearning.entry_checks import payload_text, plain_name
 from opacus_pi.unlearning.erased_data import (
@@ -377,6 +378,10 @@ class DeletionRequests(Shown):
     ) -> list[UnlearningResult]:
         """Carry out what is pending, each request once.
 
+        A request is carried out once and for good, so nothing is run if it is known
+        that the unlearner's ledger is of another model: no bound could be claimed. To
+        go on without a bound, make the unlearner without a ledger.
+
         Args:
             unlearner: Made from the trained model. If requests were honoured before,
                 it continues from the stored weights.
@@ -404,8 +409,9 @@ class DeletionRequests(Shown):
         Raises:
             ValueError: As ``resume`` and ``unlearn`` or ``rewind``, or if the training
                 set has another length, or another fingerprint than the log names, or
-                both ``evaluate`` and ``evaluation_of`` are given. What was carried out
-                before it stays; the request in question stays pending.
+                both ``evaluate`` and ``evaluation_of`` are given, or no recorded run
+                left the weights of the unlearner's model. What was carried out before
+                it stays; the request in question stays pending.
             RuntimeError: If another process is carrying out requests.
             TypeError: If an option has an unknown name.
         """
@@ -435,6 +441,8 @@ class DeletionRequests(Shown):
                     self._log_done([*group], facts, _left(train_set, unlearner))
                     honoured |= set(group)
                     continue
+                if checkpoints is None:
+                    _require_recorded_weights(unlearner)
                 if evaluation_of is not None:
                     options["evaluate"] = evaluation_of(rows)
                 result = carry_out(train_set, rows, **options)
@@ -618,6 +626,24 @@ def withdraw_first(requests: DeletionRequests, request_id: str) -> str:
         f" The earlier request {request_id} is pending, and the next run carries it "
         "out. If it is a mistake, withdraw it: DeletionRequests.withdraw, or "
         f"'opacus-pi log withdraw {requests.log.path} --request-id {request_id}'."
+    )
+
+
+def _require_recorded_weights(unlearner: Unlearner) -> None:
+    """Refuse a run whose ledgers are known to be of another model than the unlearner's.
+
+    Args:
+        unlearner: Has taken the weights beside the log, if there are any.
+    """
+    runs = runs_in(unlearner.ledger)
+    require(
+        not left_other_weights(runs, unlearner.model, unlearner.history),
+        "No recorded run left the weights of the unlearner's model: it is another one, "
+        "or was loaded or changed after training. So the ledger says nothing of it, "
+        "and no bound could be claimed. Nothing was run, and the requests stay "
+        "pending.",
+        "Pass the ledger of the training that left these weights, or make the "
+        "unlearner without a ledger; the guarantee is then empirical.",
     )
 
 

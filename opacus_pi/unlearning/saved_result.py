@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opacus_pi._shown import Shown
+from opacus_pi._validate import expect
 from opacus_pi.accounting.conversion import check_delta
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
@@ -28,7 +29,8 @@ from opacus_pi.files.plain_json import plain_json
 from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.strict_json import json_text
 from opacus_pi.files.weights_file import write_weights
-from opacus_pi.unlearning.deletion_statements import deletion_statement
+from opacus_pi.models.weights_name import weights_name
+from opacus_pi.unlearning.deletion_statements import statement_of
 from opacus_pi.unlearning.honouring_weights import sha256_of
 from opacus_pi.unlearning.unlearner import UnlearningResult
 
@@ -83,10 +85,19 @@ def save_result(
 
     Raises:
         FileExistsError: If the directory has files: results are never overwritten.
-        ValueError: If ``delta`` is not in (0, 1).
+        ValueError: If ``delta`` is not in (0, 1), or the model was changed after the
+            run.
         OSError: If it cannot be written.
     """
     check_delta(delta)
+    left = result.record.get("unlearned_weights")
+    expect(
+        not left or left == weights_name(result.model),
+        "result",
+        "a model with other weights than those that the run left",
+        "must have the model as the run left it",
+        "Save the result before the model is changed.",
+    )
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(
@@ -98,7 +109,7 @@ def save_result(
     write_weights(directory / WEIGHTS, UNLEARNED_WEIGHTS, state, {})
     result.trace.save(directory / TRACE)
     replace_file(directory / GUARANTEE, result.guarantee.to_json().encode())
-    shown = deletion_statement(result, delta, weights_path=directory / WEIGHTS)
+    shown = statement_of(result, delta, sha256_of(directory / WEIGHTS))
     replace_file(directory / TO_SHOW, shown.to_json().encode())
     files = {name: sha256_of(directory / name) for name in _HASHED}
     record = with_json_checksum({**result.record, "files": files})

@@ -164,4 +164,5 @@ def owners_file(path, owners):
 
 
 MODEL = ("--model", "cli_project:build", "--weights", "model.safetensors")
+LOG = ("--without-ledger", "--log")
 DATA = ("--data", "cli_project:train_set", "--test", "cli_project:test_set")

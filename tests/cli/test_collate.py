@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 
 from opacus_pi.cli import unlearn
+from tests.cli.conftest import LOG
 
 SOURCE = """
 import torch
@@ -100,7 +101,7 @@ COMMANDS = {
 
 
 def arguments(name, folder):
-    out = ("--out", folder / "result", "--log", folder / "log.db")
+    out = ("--out", folder / "result", *LOG, folder / "log.db")
     return (name, *COMMANDS[name], *(out if name == "unlearn" else ()))
 
 

@@ -12,7 +12,7 @@ from opacus_pi.integration.checkpoints import CHECKPOINT_KEY
 from opacus_pi.ledger.custody import Custody, Link
 from opacus_pi.unlearning import list_requests
 from opacus_pi.unlearning.requests import DeletionRequests
-from tests.cli.conftest import DATA, MODEL
+from tests.cli.conftest import DATA, LOG, MODEL
 from tests.private_training import Training
 
 LEDGER = "ledger.safetensors"
@@ -112,7 +112,7 @@ def edited_index(tmp_path):
 def test_a_log_with_an_edited_index_gets_no_entry(run, edited_index, tmp_path):
     before = edited_index.read_bytes()
     name = ("--request-id", "name-of-a-request")
-    place = ("--log", edited_index, "--out", tmp_path / "run")
+    place = (*LOG, edited_index, "--out", tmp_path / "run")
     err = refused(run, *UNLEARN, "--forget", "3", *name, *place)
     assert "--log: " in err and "deletions.db" in err and "It is damaged" in err
     for action, more in (

@@ -12,7 +12,7 @@ from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.sets import require_unseen
 from opacus_pi.evaluation import OracleCache, evaluate
 from opacus_pi.unlearning.requests import DeletionRequests
-from tests.cli.conftest import DATA, MODEL
+from tests.cli.conftest import DATA, LOG, MODEL
 
 EVALUATE = ("evaluate", *MODEL, *DATA, "--forget", "3,17,40")
 
@@ -52,7 +52,7 @@ def test_no_model_is_judged_beside_itself(run, oracles, message):
 
 def test_the_training_set_is_no_test_set(run, tmp_path):
     words = ("--forget", "3", "--data", "cli_project:train_set", "--test")
-    out = ("--log", tmp_path / "record", "--out", tmp_path / "run")
+    out = (*LOG, tmp_path / "record", "--out", tmp_path / "run")
     for command in (("evaluate",), ("unlearn", *out)):
         code, _, err = run(*command, *MODEL, *words, "cli_project:train_set")
         assert code == 2 and "--test: this is the training set of --data" in err
@@ -176,7 +176,7 @@ def test_oracles_add_up_and_those_without_facts_are_named(run, answer, tmp_path)
 
 
 def test_a_forgotten_set_after_the_data_of_another_were_erased(run, answer, tmp_path):
-    log, common = tmp_path / "deletions.db", (*MODEL, "--epochs", "1", "--log")
+    log, common = tmp_path / "deletions.db", (*MODEL, "--epochs", "1", *LOG)
     for ids in ("3,4", "7"):
         answer("unlearn", *common, log, *DATA, "--forget", ids, "--out", tmp_path / ids)
     weights = ("--model", "cli_project:build", "--weights", f"{log}.safetensors")

@@ -8,7 +8,7 @@ import pytest
 from opacus_pi.ledger import fingerprint
 from opacus_pi.unlearning.deletion_log import read_entries
 from opacus_pi.unlearning.requests import DeletionRequests
-from tests.cli.conftest import DATA, MODEL, owners_file
+from tests.cli.conftest import DATA, LOG, MODEL, owners_file
 
 OWNERS = {"p03": [17, 3], "p04": [5], "both": [3, 5], "out": [3, 120], "none": []}
 PLAN = ("plan", "ledger.safetensors")
@@ -46,7 +46,7 @@ def test_unlearning_a_person_without_a_log(answer, owners, tmp_path):
 
 def test_the_log_knows_the_person_by_a_keyed_hash(run, answer, owners, tmp_path):
     log, out = tmp_path / "deletions.db", tmp_path / "run"
-    words = (*UNLEARN, "--owners", owners, "--log", log, "--forget-person")
+    words = (*UNLEARN, "--owners", owners, *LOG, log, "--forget-person")
     first = answer(*words, "p03", "--out", out)
     requests = DeletionRequests(log, 120, OWNERS)
     (request,) = requests.submitted_by("p03")
@@ -107,7 +107,7 @@ PERSON = ("--forget-person", "p03")
 )
 @pytest.mark.parametrize("command", [PLAN, EVALUATE, UNLEARN])
 def test_errors_write_nothing(run, owners, tmp_path, command, words, message):
-    more = ("--out", tmp_path / "run", "--log", tmp_path / "log.db")
+    more = ("--out", tmp_path / "run", *LOG, tmp_path / "log.db")
     words = [owners if word == "FILE" else word for word in words]
     code, out, err = run(*command, *words, *(more if command is UNLEARN else ()))
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
@@ -195,7 +195,7 @@ def test_what_is_checked_of_the_file_is_said(run, owners):
     ],
 )
 def test_what_a_log_cannot_take(run, owners, tmp_path, words, message):
-    more = ("--log", tmp_path / "log.db", "--out", tmp_path / "run")
+    more = (*LOG, tmp_path / "log.db", "--out", tmp_path / "run")
     code, _, err = run(*UNLEARN, *PERSON, "--owners", owners, *words, *more)
     assert code == 2 and message in err and leftovers(tmp_path) == ["owners.json"]
 
@@ -232,10 +232,10 @@ def test_submitting_for_two_persons_says_whose_request_is_whose(run, owners, tmp
 def test_two_persons_of_whom_one_was_forgotten_before(run, owners, tmp_path):
     log = tmp_path / "deletions.db"
     DeletionRequests(log, 120).submit("late", indices=[9])
-    first = ("--owners", owners, "--log", log, "--forget-person", "p04")
+    first = ("--owners", owners, *LOG, log, "--forget-person", "p04")
     assert run(*UNLEARN, *first, "--out", tmp_path / "one")[0] == 0
     DeletionRequests(log, 120).submit("later", indices=[8])
-    words = (*UNLEARN, "--owners", owners, "--log", log, *TWO)
+    words = (*UNLEARN, "--owners", owners, *LOG, log, *TWO)
     code, text, err = run(*words, "--out", tmp_path / "two")
     assert (code, err) == (0, "")
     record = json.loads((tmp_path / "two" / "record.json").read_text())
@@ -250,7 +250,7 @@ def test_two_persons_of_whom_one_was_forgotten_before(run, owners, tmp_path):
 def test_a_file_that_names_no_data_set_is_refused(run, owners, tmp_path, command):
     owners.write_text(json.dumps(OWNERS))
     words = (*command, *(() if command is SCORE else PERSON), "--owners", owners)
-    more = ("--out", tmp_path / "run", "--log", tmp_path / "d.db")
+    more = ("--out", tmp_path / "run", *LOG, tmp_path / "d.db")
     code, out, err = run(*words, *(more if command is UNLEARN else ()))
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert "does not name the data set that its positions count" in err
@@ -261,7 +261,7 @@ def test_a_file_that_names_no_data_set_is_refused(run, owners, tmp_path, command
 def test_a_file_made_again_after_photos_were_erased(run, answer, owners, tmp_path):
     import cli_project
 
-    log = ("--log", tmp_path / "d.db")
+    log = (*LOG, tmp_path / "d.db")
     first = (*UNLEARN, *log, "--forget", "3,4", "--out", tmp_path / "first")
     answer(*first)
     erased = [
@@ -281,7 +281,7 @@ def test_a_file_made_again_after_photos_were_erased(run, answer, owners, tmp_pat
     code, _, err = run(*evaluate, "--owners", owners, "--forget-person", "p05")
     assert code == 2 and "add --log with the deletion log that names them" in err
     assert "If files were added since, leave them out" in err
-    answer(*evaluate, *log, "--owners", owners, "--forget-person", "p05")
+    answer(*evaluate, *log[1:], "--owners", owners, "--forget-person", "p05")
     answer(*words, "--out", tmp_path / "second")
     record = json.loads((tmp_path / "second" / "record.json").read_text())
     assert record["forget_indices"] == [20]
@@ -302,8 +302,10 @@ def test_some_examples_of_a_person(run, answer, owners, tmp_path):
     (row,) = answer("log", "submit", log, *DATA[:2], *ONLY, owners)["submitted"]
     assert row["indices"] == [17]
     text = run("log", "submit", log, *ONLY, owners)[1]
-    assert f"call 'opacus-pi unlearn --pending --log {log}'" in text
-    answer(*UNLEARN, *ONLY, owners, "--log", log, "--out", tmp_path / "run")
+    assert (
+        f"call 'opacus-pi unlearn --pending --log {log} --ledger LEDGER --model" in text
+    )
+    answer(*UNLEARN, *ONLY, owners, *LOG, log, "--out", tmp_path / "run")
     found = answer("log", "list", log, "--person", "p03")
     assert [row["indices"] for row in found["requests"]] == [[17]]
     assert found["num_carried_out"] == 1 and b"p03" not in log.read_bytes()
@@ -338,7 +340,7 @@ def test_an_example_of_two_persons_is_forgotten_for_both(run, answer, owners, tm
     assert code == 0 and out.startswith("Also of other persons (bob): example 17. ")
     submitted = answer("log", "submit", log, *DATA[:2], *ann)
     assert submitted["also_of"] == shared
-    done = answer(*UNLEARN, *ann, "--log", log, "--out", tmp_path / "a")
+    done = answer(*UNLEARN, *ann, *LOG, log, "--out", tmp_path / "a")
     assert done["also_of"] == shared and b"bob" not in log.read_bytes()
     code, out, _ = run("log", "list", log, "--person", "bob")
     assert code == 0 and "An example of several persons may have been forgotten" in out
@@ -346,7 +348,7 @@ def test_an_example_of_two_persons_is_forgotten_for_both(run, answer, owners, tm
     bob = ("--forget-person", "bob", *file)
     code, out, _ = run("log", "submit", log, *bob)
     assert code == 0 and "1 of its examples was forgotten before" in out
-    answer(*UNLEARN, *bob, "--log", log, "--out", tmp_path / "b")
+    answer(*UNLEARN, *bob, *LOG, log, "--out", tmp_path / "b")
     shown = json.loads((tmp_path / "b" / "guarantee_to_show.json").read_text())
     assert shown["num_forgotten"] == 3  # 3, 17 and 20: each once
     assert shown["num_requested"] == 2
@@ -354,7 +356,7 @@ def test_an_example_of_two_persons_is_forgotten_for_both(run, answer, owners, tm
     answer("log", "submit", log, "--forget", "50")
     owners_file(owners, {"ann": [3, 17], "bob": [17, 20], "eve": [40], "tom": [40]})
     eve = ("--forget-person", "eve", *file)
-    out = run(*UNLEARN, *eve, "--log", log, "--out", tmp_path / "c")[1]
+    out = run(*UNLEARN, *eve, *LOG, log, "--out", tmp_path / "c")[1]
     assert "Also of other persons (tom): example 40." in out
     assert "This is about the examples that this command names" in out
     owners_file(owners, {"ann": [3, 17], "bob": [17, 20], "eve": [40]})

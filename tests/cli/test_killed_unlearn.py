@@ -9,7 +9,7 @@ from opacus_pi.cli import unlearn as command
 from opacus_pi.unlearning import requests as requests_module
 from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from opacus_pi.unlearning.deletion_statements import DeletionStatement
-from tests.cli.conftest import DATA, MODEL
+from tests.cli.conftest import DATA, LOG, MODEL
 from tests.unlearning.test_deletion_log import leave_unfinished_write
 
 UNLEARN = ("unlearn", *MODEL, *DATA, "--epochs", "1", "--learning-rate", "0.05")
@@ -139,7 +139,7 @@ def test_a_result_that_was_lost_or_never_needed_a_run_is_written_again(
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_write_to_the_log_that_was_killed_is_taken_back(answer, tmp_path):
     log = tmp_path / "d.db"
-    more = ("--log", log, "--forget")
+    more = (*LOG, log, "--forget")
     answer(*UNLEARN, *more, "3", "--out", tmp_path / "a")
     leave_unfinished_write(log)
     found = answer(*UNLEARN, *more, "17", "--out", tmp_path / "b")

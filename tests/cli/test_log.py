@@ -13,7 +13,7 @@ from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from opacus_pi.unlearning.history import History
 from opacus_pi.unlearning.honouring_weights import sha256_of
 from opacus_pi.unlearning.requests import DeletionRequests
-from tests.cli.conftest import DATA, MODEL, owners_file
+from tests.cli.conftest import DATA, LOG, MODEL, owners_file
 
 HONOURED = {
     "honoured_entries": "[]",
@@ -85,7 +85,7 @@ def test_unlearn_carries_out_the_request_that_was_submitted(run, answer, log, tm
     for example, name in (("3", ()), ("5", ("--request-id", "2026-002"))):
         words = ("--forget", example, *name)
         (row,) = answer("log", "submit", log, *TRAIN, *words)["submitted"]
-        found = answer(*UNLEARN, "--log", log, *words, "--out", tmp_path / example)
+        found = answer(*UNLEARN, *LOG, log, *words, "--out", tmp_path / example)
         assert found["request_id"] == row["request_id"] and found["carried_out"]
     rows = list_requests(log)
     assert [row.state for row in rows] == ["carried out"] * 2
@@ -105,7 +105,7 @@ def test_a_person_is_stored_as_a_keyed_hash(run, answer, log, owners, tmp_path):
     requests = DeletionRequests(log, 120, OWNERS)
     (own,) = requests.submitted_by("p03")
     assert own.indices == (3, 17) and len(requests.pending) == 3
-    done = answer(*UNLEARN, *words[2:], "p03", "--log", log, "--out", tmp_path / "run")
+    done = answer(*UNLEARN, *words[2:], "p03", *LOG, log, "--out", tmp_path / "run")
     assert done["request_id"] == own.request_id
     assert [own.request_id] == [
         row["request_id"]
@@ -162,7 +162,7 @@ def test_another_training_set_than_that_of_the_log(run, answer, log):
 
 
 def test_after_the_data_of_forgotten_examples_were_erased(answer, log, tmp_path):
-    answer(*UNLEARN, "--forget", "3,4", "--log", log, "--out", tmp_path / "a")
+    answer(*UNLEARN, "--forget", "3,4", *LOG, log, "--out", tmp_path / "a")
     words = ("--data", "cli_project:without_erased", "--forget", "7")
     (row,) = answer("log", "submit", log, *words)["submitted"]
     assert row["indices"] == [7] and row["state"] == "pending"
@@ -175,7 +175,7 @@ def test_after_the_data_of_forgotten_examples_were_erased(answer, log, tmp_path)
 def kept(answer, log, tmp_path):
     """A log with one request that was carried out, and one that is pending."""
     words = ("--forget", "3", "--request-id", "2026-001", "--out", tmp_path / "a")
-    answer(*UNLEARN, *words, "--log", log)
+    answer(*UNLEARN, *words, *LOG, log)
     answer("log", "submit", log, "--forget", "5,6", "--request-id", "2026-002")
     return log
 
@@ -247,7 +247,7 @@ def test_one_request_with_its_guarantee(run, answer, log, tmp_path):
 
 
 def test_examples_that_were_forgotten_before_cost_nothing(run, answer, log, tmp_path):
-    words = (*UNLEARN, "--log", log, "--forget")
+    words = (*UNLEARN, *LOG, log, "--forget")
     answer(*words, "3,17", "--request-id", "a", "--out", tmp_path / "a")
     weights = log.with_name("deletions.db.safetensors").read_bytes()
     text = run("log", "submit", log, "--forget", "3", "--request-id", "b")[1]
@@ -382,7 +382,7 @@ def test_a_mistake_is_withdrawn(run, answer, kept, owners, tmp_path):
     assert found["disclosed"] == [5, 6] and b"a typing error" in one.read_bytes()
     found = answer("plan", "ledger.safetensors", "--forget", "9", "--log", kept)
     assert found["pending"] == ["2026-002"]
-    found = answer(*UNLEARN, "--pending", "--log", kept, "--out", tmp_path / "b")
+    found = answer(*UNLEARN, "--pending", *LOG, kept, "--out", tmp_path / "b")
     assert found["request_ids"] == ["2026-002"]
     code, _, err = run("log", "submit", kept, "--forget", "7", "--request-id", "2026-1")
     assert code == 2 and "was withdrawn. Use another name" in err

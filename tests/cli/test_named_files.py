@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from opacus_pi.unlearning.deletion_log import DeletionLog
-from tests.cli.conftest import DATA, MODEL
+from tests.cli.conftest import DATA, LOG, MODEL
 
 FORGET = ("--forget", "3,17")
 
@@ -73,7 +73,7 @@ def test_what_is_no_answer_is_not_written_over(run, files, name):
 
 def test_a_log_is_not_put_into_the_directory_of_a_result(run, files):
     (files / "run").mkdir()
-    words = ("--log", files / "run" / "log.db", "--out", files / "run")
+    words = (*LOG, files / "run" / "log.db", "--out", files / "run")
     code, _, err = run("unlearn", *MODEL, *DATA, *FORGET, *words)
     assert code == 2 and "--log" in err and not list((files / "run").iterdir())
 
@@ -81,7 +81,7 @@ def test_a_log_is_not_put_into_the_directory_of_a_result(run, files):
 @pytest.mark.parametrize("name", ["n" * 300, "a\0b"])
 def test_a_name_that_no_file_can_have_is_found_before_anything_is_run(run, files, name):
     before = contents(files)
-    log = ("--log", files / "new.db", "--out", name)
+    log = (*LOG, files / "new.db", "--out", name)
     code, _, err = run("unlearn", *MODEL, *DATA, *FORGET, *log)
     assert code == 2 and "argument --out" in err and "cannot be written" in err
     code, _, err = run("score", "ledger.safetensors", "--out", name)

@@ -179,6 +179,11 @@ STATES = (*LEDGER, "--checkpoints", "states")
         ((*UNLEARN, "--set", "strength=1"), "--set: the default method, finetune, has"),
         ((*UNLEARN, "--policy"), "--policy: a deletion policy needs the saved states"),
         ((*UNLEARN, "--delta", "1e-6"), "--delta: without a ledger no ε"),
+        ((*UNLEARN, "--without-ledger"), "without a log it suffices to leave out"),
+        (
+            (*UNLEARN, *LEDGER, "--without-ledger", "--log", "never.db"),
+            "--without-ledger: a ledger is named",
+        ),
         ((*UNLEARN, "--request-id", "a"), "--request-id: there is no log"),
         ((*PLAN, "--method", "finetune"), "--method: its guarantee depends on"),
         ((*PLAN, "--method", "l1", "--set", "strength=1"), "--method: its guarantee"),

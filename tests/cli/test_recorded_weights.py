@@ -1,5 +1,6 @@
 """A ledger of other weights is refused before anything is entered or trained."""
 
+import os
 from argparse import Namespace
 from dataclasses import replace
 
@@ -31,10 +32,12 @@ def stopped(run, words):
 def test_nothing_is_entered_and_both_files_are_named(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Unlearner, "unlearn", None)  # nothing is trained
     words = (*OTHER, *SHORT, *LEDGER, "--forget", "3", "--out", tmp_path / "run")
-    for log in ((), ("--log", tmp_path / "log.db")):
+    way_on = "write --without-ledger in place of --ledger"
+    for log, advice in (((), "leave out --ledger"), (("--log", "log.db"), way_on)):
         err = stopped(run, (*words, *log))
         assert "ledger.safetensors names" in err and "--weights retrained.pt" in err
-        assert "leave out --ledger" in err and "the ledger of the training" in err
+        assert advice in err and "the ledger of the training" in err
+    assert not os.path.exists("log.db")
     assert [*tmp_path.iterdir()] == []
 
 
@@ -105,10 +108,24 @@ def test_later_requests_continue_from_weights_that_the_log_knows(run, answer, tm
 def test_a_log_that_began_with_other_weights(run, answer, tmp_path):
     log = ("--log", tmp_path / "log.db")
     words = ("unlearn", *OTHER, *SHORT, *log, "--forget")
-    answer(*words, "3", "--out", tmp_path / "a")
+    bare = ("--without-ledger", "--out")
+    answer(*words, "3", *bare, tmp_path / "a")
     err = stopped(run, (*words[1:], "5", *LEDGER, "--out", tmp_path / "b"))
     assert "the weights from which the requests in" in err and "log.db started" in err
-    answer(*words, "5", "--out", tmp_path / "b")
+    answer(*words, "5", *bare, tmp_path / "b")
+
+
+@pytest.mark.parametrize("requests", [("--forget", "3"), ("--pending",)])
+def test_a_forgotten_ledger_costs_no_request(run, answer, tmp_path, requests):
+    log = tmp_path / "log.db"
+    DeletionRequests(log, 120).submit("waiting", indices=[5])
+    before = log.read_bytes()
+    words = (*MODEL, *SHORT, *requests, "--log", log, "--out", tmp_path / "run")
+    err = stopped(run, words)
+    assert "Nothing was entered. Add --ledger LEDGER" in err
+    assert "add --without-ledger" in err and log.read_bytes() == before
+    found = answer("unlearn", *words, "--without-ledger")
+    assert found["guarantee"]["kind"] == "empirical" and found["carried_out"]
 
 
 def test_after_rewinds_the_ledger_names_the_trained_weights(project, ledger):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.cli.conftest import DATA, MODEL
+from tests.cli.conftest import DATA, LOG, MODEL
 
 LEDGER = ("--ledger", "ledger.safetensors")
 FORGET = ("--forget", "3,17")
@@ -160,7 +160,7 @@ def test_retrained_models_of_all_requests_beside_one_request(
 ):
     for name, forget in (("a", "3,17"), ("b", "5,6,7")):
         words = ("unlearn", *MODEL, *DATA, "--forget", forget, "--epochs", "1")
-        log = ("--log", tmp_path / "deletions.db", "--request-id", name)
+        log = (*LOG, tmp_path / "deletions.db", "--request-id", name)
         assert run(*words, *log, "--out", tmp_path / name)[0] == 0
     weights = ("--weights", tmp_path / "b" / "weights.safetensors")
     words = ("evaluate", "--model", "cli_project:build", *weights, *DATA)

@@ -16,7 +16,7 @@ from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.log_lock import locked
 from opacus_pi.unlearning.requests import DeletionRequests
-from tests.cli.conftest import DATA, MODEL
+from tests.cli.conftest import DATA, LOG, MODEL
 
 FILES = {
     "weights.safetensors",
@@ -101,10 +101,10 @@ def test_wrapped_weights_are_the_same_weights(run, tmp_path):
 
 def test_requests_are_recorded_and_go_on_from_each_other(run, answer, tmp_path):
     log = tmp_path / "deletions.db"
-    first = answer(*UNLEARN, "3", "--log", log, "--out", tmp_path / "a")
+    first = answer(*UNLEARN, "3", *LOG, log, "--out", tmp_path / "a")
     assert verify(log).head == first["head"]
     second = answer(
-        *UNLEARN, "5", "--log", log, "--request-id", "x", "--out", tmp_path / "b"
+        *UNLEARN, "5", *LOG, log, "--request-id", "x", "--out", tmp_path / "b"
     )
     assert second["request_id"] == "x" and verify(log).head == second["head"]
     facts = json.loads((tmp_path / "b" / "record.json").read_text())
@@ -112,12 +112,12 @@ def test_requests_are_recorded_and_go_on_from_each_other(run, answer, tmp_path):
     kept = safetensors.torch.load_file(second["weights"])
     new = safetensors.torch.load_file(tmp_path / "b" / "weights.safetensors")
     assert all(torch.equal(kept[name], new[name]) for name in new)
-    again = answer(*UNLEARN, "3", "--log", log, "--out", tmp_path / "c")
+    again = answer(*UNLEARN, "3", *LOG, log, "--out", tmp_path / "c")
     assert again["carried_out"] is False
     facts = json.loads((tmp_path / "c" / "record.json").read_text())
     assert facts["requests"] == [first["request_id"], "x"]
     assert again["head"] == second["head"]
-    words = (*UNLEARN, "6", "--log", log, "--request-id", "x", "--out")
+    words = (*UNLEARN, "6", *LOG, log, "--request-id", "x", "--out")
     code, _, err = run(*words, tmp_path / "d")
     assert code == 2 and "--request-id 'x' was submitted before" in err
 
@@ -126,7 +126,7 @@ def test_written_weights_can_be_checked(run, answer, tmp_path):
     answer(*UNLEARN, "3", "--out", tmp_path / "run")
     path = tmp_path / "run" / "weights.safetensors"
     code, out, _ = run("verify", path)
-    assert (code, out) == (0, "verified: opacus_pi.UnlearnedWeights\n")
+    assert code == 0 and out.startswith("verified: opacus_pi.UnlearnedWeights\n")
     model = ("--model", "cli_project:build", "--weights", path)
     assert run("evaluate", *model, *DATA, "--forget", "3")[0] == 0
     content = bytearray(path.read_bytes())
@@ -139,7 +139,7 @@ def test_written_weights_can_be_checked(run, answer, tmp_path):
 def test_what_was_pending_is_carried_out_and_said(run, answer, tmp_path):
     log = tmp_path / "deletions.db"
     DeletionRequests(log, 120).submit("before", indices=[5, 6])
-    words = (*UNLEARN, "3", "--log", log, "--out", tmp_path / "a")
+    words = (*UNLEARN, "3", *LOG, log, "--out", tmp_path / "a")
     code, out, err = run(*words, "--request-id", "new")
     assert (code, err) == (0, "")
     assert out.startswith("Forgot 3 examples by FineTune")
@@ -152,7 +152,7 @@ def test_what_was_pending_is_carried_out_and_said(run, answer, tmp_path):
     assert all(torch.equal(left[name], value) for name, value in honouring.items())
     DeletionRequests(log, 120).submit("later", indices=[7])
     again = answer(
-        *(*UNLEARN, "3", "--log", log, "--request-id", "new"),
+        *(*UNLEARN, "3", *LOG, log, "--request-id", "new"),
         *(*NOISY, "--out", tmp_path / "b"),
     )
     assert again["carried_out"] is False
@@ -170,7 +170,7 @@ def test_metrics_are_of_all_examples_that_were_forgotten(
     """As ``evaluate`` measures them on the examples that the run forgot."""
     log, out = tmp_path / "deletions.db", tmp_path / "a"
     DeletionRequests(log, 120).submit("before", indices=[5, 6, 8])
-    unlearned = answer(*UNLEARN, "3,9", *method, "--log", log, "--out", out)
+    unlearned = answer(*UNLEARN, "3,9", *method, *LOG, log, "--out", out)
     model = ("evaluate", "--model", "cli_project:build", *DATA, "--forget", "3,5,6,8,9")
     places = {"before": project / "model.safetensors"}
     places["after"] = out / "weights.safetensors"
@@ -208,8 +208,8 @@ def test_interrupted_nothing_is_left(run, tmp_path, monkeypatch):
         (("3", "--method", "magic"), "argument --method: invalid choice"),
         (("3", "--request-id", "x"), "--request-id: there is no log"),
         (("3", "--ledger", "none.safetensors"), "--ledger none.safetensors: no such"),
-        (("3", "--log", "cli_project.py"), "path must be a deletion log, got"),
-        (("3", "--log", "ledger.safetensors"), "path must be a deletion log, got"),
+        (("3", *LOG, "cli_project.py"), "path must be a deletion log, got"),
+        (("3", *LOG, "ledger.safetensors"), "path must be a deletion log, got"),
         (("3", "--weights", "retrained.py"), "--weights: retrained.py is not"),
         (("3", "--weights", "ledger.safetensors"), "does not fit the model"),
         (("3", "--model", "cli_project:build_wider"), "does not fit the model"),
@@ -226,7 +226,7 @@ def test_errors_leave_nothing(run, tmp_path, words, message):
 
 
 def test_a_full_disk_after_the_run_loses_nothing(run, answer, tmp_path, monkeypatch):
-    words = (*UNLEARN, "3", "--log", tmp_path / "d.db", "--request-id", "x")
+    words = (*UNLEARN, "3", *LOG, tmp_path / "d.db", "--request-id", "x")
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -248,7 +248,7 @@ def test_a_second_command_at_once_enters_nothing(run, answer, tmp_path):
     answer("log", "submit", log, *DATA[:2], "--forget", "3")
     head = verify(log).head
     with locked(log):
-        words = ("5", "--log", log, "--out", tmp_path / "a")
+        words = ("5", *LOG, log, "--out", tmp_path / "a")
         code, out, err = run(*UNLEARN, *words)
     assert (code, out) == (1, "") and "another process is carrying out requests" in err
     assert "repeat this. Nothing was entered." in err and "--traceback" not in err
@@ -285,7 +285,7 @@ def test_pickles_are_not_run(run, project, tmp_path):
 
 
 def test_a_log_of_another_model_gets_no_request(run, tmp_path):
-    log = ("--log", tmp_path / "log.db", "--epochs", 1)
+    log = (*LOG, tmp_path / "log.db", "--epochs", 1)
     words = ("unlearn", *MODEL[:2], *DATA[:2], *log)
     one = ("--weights", "model.safetensors", "--forget", "3", "--out", tmp_path / "a")
     assert run(*words, *one)[0] == 0
@@ -302,7 +302,7 @@ def test_a_test_set_that_does_not_fit_the_model_gets_no_request(run, tmp_path):
         "wrong = TensorDataset(torch.rand(50, 9), torch.arange(50) % 10)\n",
         encoding="utf-8",
     )
-    log = ("--log", tmp_path / "log.db", "--epochs", 1, "--out", tmp_path / "a")
+    log = (*LOG, tmp_path / "log.db", "--epochs", 1, "--out", tmp_path / "a")
     words = ("unlearn", *MODEL, *DATA[:2], *log, "--forget", "3")
     sys.path.append(str(tmp_path))
     try:
@@ -328,11 +328,11 @@ def test_requests_after_the_data_of_others_were_erased(run, answer, tmp_path, da
     )
     facts = json.loads((tmp_path / "b" / "record.json").read_text())
     assert facts["forgotten_before"] == [3, 4] and facts["forget_indices"] == [7]
-    again = answer(*words, "3,8", "--log", log, "--out", tmp_path / "c")
+    again = answer(*words, "3,8", *LOG, log, "--out", tmp_path / "c")
     assert again["num_erased"] == 2 and again["carried_out"] is True
     head = verify(log).head
     words[words.index(f"cli_project:{data}")] = "cli_project:other_set"
-    code, _, err = run(*words, "9", "--log", log, "--out", tmp_path / "d")
+    code, _, err = run(*words, "9", *LOG, log, "--out", tmp_path / "d")
     assert code == 2 and "--data: The data set has 120 examples" in err
     assert "without exactly the examples that were forgotten" in err
     assert verify(log).head == head and not (tmp_path / "d").exists()
@@ -340,8 +340,8 @@ def test_requests_after_the_data_of_others_were_erased(run, answer, tmp_path, da
 
 def test_a_request_for_erased_examples_costs_nothing(answer, tmp_path):
     log = tmp_path / "deletions.db"
-    answer(*UNLEARN, "3,4", "--log", log, "--out", tmp_path / "a")
+    answer(*UNLEARN, "3,4", *LOG, log, "--out", tmp_path / "a")
     words = [w.replace("train_set", "without_erased") for w in UNLEARN]
     name = ("--request-id", "again")
-    found = answer(*words, "4", "--log", log, *name, "--out", tmp_path / "b")
+    found = answer(*words, "4", *LOG, log, *name, "--out", tmp_path / "b")
     assert found["carried_out"] is False and found["forgotten_before"] == ["again"]

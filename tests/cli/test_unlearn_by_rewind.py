@@ -14,7 +14,7 @@ from opacus_pi.accounting import DeletionPolicy
 from opacus_pi.recording import Checkpoints
 from opacus_pi.unlearning import exported_entries
 from opacus_pi.unlearning.requests import DeletionRequests
-from tests.cli.conftest import DATA
+from tests.cli.conftest import DATA, LOG
 
 POLICY = DeletionPolicy(1000.0, 1e-5)
 
@@ -249,7 +249,7 @@ def test_fine_tuned_weights_of_the_log_are_not_kept(run, answer, trained, tmp_pa
     log, ledger = ("--log", tmp_path / "d.db"), folder / "ledger.safetensors"
     head = (*words(folder, "--ledger", ledger), *log)
     model = ("--model", "cli_project:build", "--weights", folder / "model.safetensors")
-    fine_tuned = ("unlearn", *model, *DATA, *log, "--epochs", 1, "--forget", a)
+    fine_tuned = ("unlearn", *model, *DATA, *LOG, log[1], "--epochs", 1, "--forget", a)
     answer(*fine_tuned, "--out", tmp_path / "a")
     before = (tmp_path / "d.db").read_bytes()
     code, _, err = run(*head, "--policy", "--forget", b, "--out", tmp_path / "b")

@@ -1,5 +1,6 @@
 """Complete files are verified, edited ones are not; the exit code says so."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from opacus_pi.recording.state_file import write_state
 from opacus_pi.recording.weights import save_weights
 from opacus_pi.unlearning.deletion_log import DeletionLog
 from opacus_pi.unlearning.log_export import export_log
+from tests.cli.conftest import DATA, MODEL
 from tests.fuzz.mutations import edited_log
 from tests.unlearning.test_deletion_log import leave_unfinished_write
 from tests.unlearning.test_json_lines_log import OLD as OLD_LOG
@@ -397,3 +399,29 @@ def test_a_good_checkpoint_with_the_users_own_objects_is_not_called_damaged(
     code, found = answer_of(tmp_path / "own.pt")
     assert code == 3 and found["kind"] == "ledger in a checkpoint"
     assert "fractions.Fraction" in found["reason"]
+
+
+def test_the_hashes_of_weights_are_those_that_a_statement_names(answer, run, tmp_path):
+    out = tmp_path / "run"
+    words = ("--forget", "3", "--epochs", "1", "--ledger", "ledger.safetensors")
+    answer("unlearn", *MODEL, *DATA[:2], *words, "--out", out)
+    shown = answer("verify", out / "guarantee_to_show.json")["statement"]
+    path = out / "weights.safetensors"
+    state = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(state, tmp_path / "plain.safetensors")
+    torch.save(state, tmp_path / "state.pt")
+    named = json.loads((out / "guarantee_to_show.json").read_text())
+    for file, code in ((path, 0), (tmp_path / "plain.safetensors", 3)):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        found, text, _ = run("verify", file)
+        assert found == code and f"\nSHA-256 of the file: {digest}\n" in text
+        assert f"\nSHA-256 of its weights: {named['weights']}\n" in text
+    code, text, _ = run("verify", tmp_path / "state.pt", "--json")
+    assert code == 3 and json.loads(text)["weights"] == named["weights"]
+    facts = answer("verify", path)
+    assert named["weights_file"] == facts["weights_file"] and facts["weights"] in shown
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "SHA-256 of" not in run("verify", path)[1]
+    assert "SHA-256 of" not in run("verify", "ledger.safetensors")[1]

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from opacus_pi.accounting.guarantee import (
     Assumption,
@@ -14,11 +16,17 @@ from opacus_pi.accounting.guarantee import (
 )
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.files.checksummed_json import with_json_checksum
+from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
+from opacus_pi.files.weights_file import write_weights
+from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning import (
     DeletionStatement,
     UnlearningResult,
     deletion_statement,
+    load_result,
+    save_result,
 )
+from opacus_pi.unlearning.saved_result import SavedResult
 
 CLIPPED = observed("every gradient was clipped", "max_grad_norm=1")
 SECRET = Assumption("the seed stays secret", True, "nobody can check it")
@@ -47,11 +55,93 @@ def result(assumptions=(CLIPPED, SECRET), record=RECORD, **numbers):
     )
 
 
+def result_that_names_its_weights():
+    found = result()
+    named = {"unlearned_weights": weights_name(found.model)}
+    return replace(found, record=found.record | named)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = self.two = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_a_file_with_the_weights_of_the_result_is_named(tmp_path, is_saved):
+    done = result_that_names_its_weights()
+    state = done.model.state_dict()
+    save_file(state, tmp_path / "plain.safetensors")
+    write_weights(tmp_path / "ours.safetensors", UNLEARNED_WEIGHTS, state, {})
+    torch.save(state, tmp_path / "state.pt")
+    torch.save({"module_state_dict": state}, tmp_path / "checkpoint")
+    save_file({f"_module.{n}": t for n, t in state.items()}, tmp_path / "wrapped")
+    save_result(tmp_path / "run", done)
+    about = load_result(tmp_path / "run") if is_saved else done
+    names = ("plain.safetensors", "ours.safetensors", "state.pt", "checkpoint")
+    for name in (*names, "wrapped", "run/weights.safetensors"):
+        path = tmp_path / name
+        found = deletion_statement(about, 1e-5, weights_path=path)
+        assert found.weights_file == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_tied_weights_may_be_stored_once(tmp_path):
+    done = replace(result(record={}), model=Tied())
+    one = {n: t for n, t in done.model.state_dict().items() if n.startswith("one")}
+    save_file(one, tmp_path / "weights")
+    found = deletion_statement(done, 1e-5, weights_path=tmp_path / "weights")
+    assert found.weights_file
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("other.safetensors", "does not hold the weights that the run left: those of"),
+        ("other.pt", "does not hold the weights that the run left"),
+        ("half.pt", "does not hold the weights that the run left"),
+        ("visits.csv", "must be a file of weights, got .*visits.csv, which cannot be"),
+        ("empty", "must be a file of weights"),
+        ("much.pt", "must be a file of weights"),
+        ("log.db.safetensors", "lists the forgotten examples, so it must not be given"),
+    ],
+)
+def test_a_file_without_the_weights_of_the_result_is_refused(tmp_path, name, message):
+    done = result_that_names_its_weights()
+    state = done.model.state_dict()
+    other = torch.nn.Linear(1, 1).state_dict()
+    save_file(other, tmp_path / "other.safetensors")
+    torch.save(other, tmp_path / "other.pt")
+    torch.save({n: t.half() for n, t in state.items()}, tmp_path / "half.pt")
+    (tmp_path / "visits.csv").write_text("patient,age\nP0001,34\n")
+    (tmp_path / "empty").touch()
+    torch.save({"epoch": 3, **state}, tmp_path / "much.pt")
+    path, facts = tmp_path / "log.db.safetensors", {"forgotten": "[3]"}
+    write_weights(path, UNLEARNED_WEIGHTS, state, facts)
+    with pytest.raises(ValueError, match=message):
+        deletion_statement(done, 1e-5, weights_path=tmp_path / name)
+
+
+def test_a_result_whose_weights_are_not_known_names_no_file(tmp_path):
+    save_file(torch.nn.Linear(1, 1).state_dict(), tmp_path / "weights")
+    early = SavedResult(result().trace, result().guarantee, {"forget_indices": [3]})
+    assert deletion_statement(early, 1e-5).weights_file == ""
+    with pytest.raises(ValueError, match="cannot be compared .* earlier release"):
+        deletion_statement(early, 1e-5, weights_path=tmp_path / "weights")
+
+
+def test_a_model_that_was_changed_after_the_run_is_not_saved(tmp_path):
+    done = result_that_names_its_weights()
+    done.model.bias.data.add_(1)
+    with pytest.raises(ValueError, match="result must have the model as the run left"):
+        save_result(tmp_path / "run", done)
+    assert not (tmp_path / "run").exists()
+
+
 def test_it_names_the_requests_the_date_and_the_weights(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    path.write_bytes(b"weights")
-    digest = hashlib.sha256(b"weights").hexdigest()
-    found = deletion_statement(result(), 1e-5, weights_path=path)
+    path, done = tmp_path / "weights.safetensors", result_that_names_its_weights()
+    save_file(done.model.state_dict(), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = deletion_statement(done, 1e-5, weights_path=path)
     facts = json.loads(found.to_json())
     assert facts.keys() == KEYS
     claim = found.guarantee
@@ -60,7 +150,7 @@ def test_it_names_the_requests_the_date_and_the_weights(tmp_path):
         "finished": RECORD["finished"],
         "num_forgotten": 3,
         "num_requested": 2,
-        "weights": "sha256:1234",
+        "weights": weights_name(done.model),
         "weights_file": digest,
         "kind": "certified if",
         "exact": False,

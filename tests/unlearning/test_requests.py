@@ -19,6 +19,7 @@ from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.ledger import fingerprint
+from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning import FineTune, Unlearner
 from opacus_pi.unlearning import requests as requests_module
 from opacus_pi.unlearning.deletion_log import DeletionLog, verify
@@ -1013,3 +1014,46 @@ def test_each_run_is_evaluated_on_what_it_forgets(tmp_path, together, wanted):
     assert given == wanted == [result.record["forget_indices"] for result in results]
     for result, rows in zip(results, wanted, strict=True):
         assert result.trace.metrics == {"first": [rows[0]] * 2}
+
+
+def recorded(model, left):
+    """An unlearner whose ledger names the weights of a model."""
+    norms = np.full((1, SIZE), 0.5)
+    facts = {"data_set": fingerprint(data()), "weights": weights_name(left)}
+    return Unlearner(
+        model,
+        criterion=nn.CrossEntropyLoss(),
+        ledger=GradNormLedger(NoisySGD(10, 0.1, 2.0, 1.0), [10], norms, **facts),
+    )
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_ledger_of_another_model_costs_no_request(tmp_path, together):
+    found, model, other = requests(tmp_path), nn.Linear(4, 2), nn.Linear(4, 2)
+    for name, example in (("a", 3), ("b", 5)):
+        found.submit(name, indices=[example])
+    before, weights = found.log.head, weights_name(other)
+    options = {"together": together, "num_epochs": 1}
+    with pytest.raises(ValueError, match="No recorded run left .* stay pending. Pass"):
+        found.process(recorded(other, left=model), data(), **options)
+    assert found.log.head == before and not found.weights_path.exists()
+    assert weights_name(other) == weights and len(found.pending) == 2
+    bare = Unlearner(other, criterion=nn.CrossEntropyLoss())
+    assert found.process(bare, data(), **options)[0].guarantee.kind == "empirical"
+    assert found.pending == []
+
+
+def test_later_runs_start_from_weights_that_the_ledger_need_not_name(tmp_path):
+    found, model = requests(tmp_path), nn.Linear(4, 2)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, example in (("a", 3), ("b", 5), ("c", 7)):
+        found.submit(name, indices=[example])
+        if name == "c":  # a new process, with the trained model
+            model = nn.Linear(4, 2)
+            model.load_state_dict(start)
+        trained = nn.Linear(4, 2)
+        trained.load_state_dict(start)
+        worker = recorded(model, left=trained)
+        (result,) = found.process(worker, data(), num_epochs=1)
+        assert result.record["unlearned_weights"] == weights_name(result.model)
+        model = worker.model
