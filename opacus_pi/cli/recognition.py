@@ -239,11 +239,13 @@ def _arrays(path: Path, start: bytes) -> Recognised:
         read(path)
         return {}
 
-    hashes = None
-    if named == UNLEARNED_WEIGHTS.name:
-        hashes = partial(hashes_of_weights, path)
-    description = named or "a file of opacus_pi"
-    return Recognised(description, check, ours=True, hashes=hashes)
+    is_released = named == UNLEARNED_WEIGHTS.name
+    return Recognised(
+        named or "a file of opacus_pi",
+        check,
+        ours=True,
+        hashes=partial(hashes_of_weights, path) if is_released else None,
+    )
 
 
 def _cut_off(path: Path, length: int) -> dict[str, Any]:

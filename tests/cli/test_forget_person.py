@@ -205,8 +205,9 @@ TWO = ("--forget-person", "p03", "--forget-person", "p04")
 
 def test_two_persons_have_two_requests_and_one_run(run, answer, owners, tmp_path):
     log, out = tmp_path / "deletions.db", tmp_path / "run"
-    words = (*UNLEARN, "--owners", owners, "--log", log, *TWO)
-    found = answer(*words, "--ledger", "ledger.safetensors", "--out", out)
+    ledger = ("--ledger", "ledger.safetensors")
+    words = (*UNLEARN, *ledger, "--owners", owners, "--log", log, *TWO)
+    found = answer(*words, "--out", out)
     assert found["request_id"] is None and found["carried_out"]
     requests = DeletionRequests(log, 120, OWNERS)
     assert not requests.pending
