@@ -60,6 +60,7 @@ from opacus_pi.cli.submission import require_loggable, said_if_pending, submit
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.ledger.erased_examples import erased_in, not_erased
 from opacus_pi.ledger.fingerprint import fingerprint
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.models.predictions import predict
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning import Unlearner, UnlearningResult
@@ -103,12 +104,11 @@ def run(options: argparse.Namespace) -> int:
         ValueError: If the library refuses a value, or the weights file beside the
             deletion log: it does not belong to the log or does not fit the model.
     """
-    _require_ledger_or_without(options)
     _take_back_unfinished(options.log)
     going_back = rewind_options(options)
     method = make_method(options.method, options.settings)
     make_optimizer = None if going_back else _optimizer(options)
-    runs = read_ledgers(options.ledger, "--ledger") if options.ledger else None
+    runs = _ledgers(options)
     train_set, gone = import_train_set(options, must_exist=False)
     require_ledgers_of(options, runs or [], fingerprint(train_set))
     test_set = _test_set(options, train_set, gone)
@@ -158,8 +158,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _require_ledger_or_without(options: argparse.Namespace) -> None:
-    """Refuse a request in a log without a ledger, unless the user says so.
+def _ledgers(options: argparse.Namespace) -> list[GradNormLedger] | None:
+    """Return the ledgers, or None; a log needs one unless the user says otherwise.
 
     A request is carried out once. If the ledger is forgotten, no bound can be claimed
     for it any more.
@@ -177,6 +177,7 @@ def _require_ledger_or_without(options: argparse.Namespace) -> None:
             "ledger of the training. If there is none, add --without-ledger: the "
             "guarantee is then empirical."
         )
+    return read_ledgers(options.ledger, "--ledger") if options.ledger else None
 
 
 def _save(

@@ -416,13 +416,7 @@ class DeletionRequests(Shown):
             TypeError: If an option has an unknown name.
         """
         _require_one_evaluation(evaluation_of, options)
-        expect(
-            size_of(train_set) == self.num_examples,
-            "train_set",
-            f"{size_of(train_set)} examples",
-            f"must have {self.num_examples} examples, as this log's training set has",
-            f"Pass the data set that the model was trained on. {IF_ERASED}",
-        )
+        self._require_length(train_set)
         require_states(checkpoints, deletion_policy)
         if checkpoints is not None:
             options |= {"checkpoints": checkpoints, "deletion_policy": deletion_policy}
@@ -457,6 +451,16 @@ class DeletionRequests(Shown):
                 record = {**result.record, "requests": names}
                 results.append(replace(result, record=record))
         return results
+
+    def _require_length(self, train_set: Dataset[Any]) -> None:
+        """Refuse a training set of another length."""
+        expect(
+            size_of(train_set) == self.num_examples,
+            "train_set",
+            f"{size_of(train_set)} examples",
+            f"must have {self.num_examples} examples, as this log's training set has",
+            f"Pass the data set that the model was trained on. {IF_ERASED}",
+        )
 
     def erased(self, data_set: Any) -> ErasedExamples:
         """Return the training set after data of forgotten examples were erased.

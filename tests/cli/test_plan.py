@@ -9,7 +9,7 @@ import pytest
 from opacus_pi.ledger.custody import Custody, Link
 from opacus_pi.unlearning.plan import make_plan
 from opacus_pi.unlearning.requests import DeletionRequests
-from tests.cli.conftest import DATA, LOG, MODEL
+from tests.cli.conftest import DATA, MODEL
 
 PLAN = ("plan", "ledger.safetensors", "--forget")
 BUILD = ("--model", "cli_project:build")
@@ -166,7 +166,7 @@ def test_pending_requests_are_in_the_run_and_in_its_plan(run, answer, tmp_path):
     assert path.read_bytes() == content
     run_of_it = answer(
         *("unlearn", *ON, "--forget", "3", "--method", "langevin"),
-        *("--set", "noise_std=.02", *LOG, path, "--out", tmp_path / "run"),
+        *("--set", "noise_std=.02", "--log", path, "--out", tmp_path / "run"),
     )
     assert run_of_it["epsilon"] == found["epsilon"]
     assert claims_in(run_of_it).keys() == claims_in(found).keys()
@@ -187,7 +187,7 @@ def test_a_request_that_is_named_again_is_counted_once(run, answer, tmp_path):
 
 def test_what_was_carried_out_is_forgotten_before(run, answer, tmp_path):
     path = tmp_path / "deletions.db"
-    words = ("unlearn", *ON, "--epochs", "1", *LOG, path)
+    words = ("unlearn", *ON, "--epochs", "1", "--log", path)
     answer(*words, "--forget", "5,6", "--out", tmp_path / "first")
     found = answer(*PLAN, "3", *BUILD, "--log", path)
     assert found["pending"] == [] and found["num_forget"] == 1
