@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import Dataset
 
+from opacus_pi._printable import in_one_line
 from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, require
@@ -136,8 +137,8 @@ class DeletionRequests(Shown):
             facts["num_users"] = len(self.rows_of)
         try:
             found = self._requests()
-        except (OSError, ValueError):  # what is shown must not fail
-            return {**facts, "log": "cannot be read, call verify"}
+        except (OSError, ValueError) as error:  # what is shown must not fail
+            return {**facts, "log": in_one_line(str(error))}
         return {
             **facts,
             "num_requests": len(found.submitted),
@@ -556,6 +557,16 @@ class DeletionRequests(Shown):
             stored = stored_weights(self.weights_path, self.num_examples)
             honoured_by(stored, found, self.weights_path)  # refuses those of another
         names = {plain_name("request_ids", name) for name in request_ids}
+        gone = [one for n, one in found.submitted.items() if n in found.withdrawn]
+        withdrawn = names & {one.request_id for one in gone if one is not None}
+        expect(
+            not withdrawn,
+            "request_ids",
+            sorted(withdrawn)[:5],
+            "must name requests that were carried out",
+            "They were withdrawn, so nothing was forgotten for them. An export of the "
+            "log shows the withdrawal.",
+        )
         done = [one for n, one in found.submitted.items() if n in found.done]
         others = sorted(names - {one.request_id for one in done if one is not None})
         expect(

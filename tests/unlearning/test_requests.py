@@ -774,6 +774,20 @@ def test_what_was_carried_out_or_is_unknown_is_not_withdrawn(
     assert mine.log.head == head
 
 
+def test_no_result_is_shown_for_a_withdrawn_request(tmp_path):
+    found = requests(tmp_path)
+    found.submit("a", indices=[3])
+    found.withdraw("a")
+    with pytest.raises(ValueError, match="withdrawn, so nothing was forgotten"):
+        found.last_result(unlearner().model, ["a"])
+
+
+def test_the_log_of_a_training_set_of_another_length_says_so(tmp_path):
+    requests(tmp_path).submit("a", indices=[3])
+    shown = repr(DeletionRequests(tmp_path / "deletions.db", SIZE - 1))
+    assert f"num_examples must be {SIZE}, the number in entry 0" in shown
+
+
 def test_a_request_is_not_withdrawn_during_a_run(tmp_path):
     mine = submitted(tmp_path)
     with locked(mine.log.path), pytest.raises(RuntimeError, match="another process"):
