@@ -130,7 +130,8 @@ def _persons_text(facts: dict[str, Any], top: int) -> list[str]:
     has_bound = any(row["group_epsilon"] is not None for row in facts["persons"])
     lines = [
         "Hardest persons",
-        "Loss and ε are the largest of the person's examples (estimates)."
+        "Loss and ε are the largest of the person's examples (estimates; an ε above "
+        "the bound of its line is cut to it)."
         + " The bound is the worst case of any set of as many examples: only this ε "
         "may be promised to a person." * has_bound,
     ]
@@ -169,7 +170,8 @@ def _tied_persons(persons: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"{tied} of {len(persons)} persons share the largest loss: the loss cannot "
         "distinguish them. Here they are ordered by ε, then by their number of "
-        "examples. If most are tied, a larger clip norm in training tells them apart."
+        "examples. The causes, and what distinguishes them, are above the table of "
+        "the hardest examples."
     ]
 
 
@@ -261,8 +263,10 @@ def _method(scores: Scores) -> str:
         return ""
     converted = rounded_up(scores.worst_case_epsilon)
     return (
-        f" by {COMPOSITION}.\nConverted from Rényi divergences, as the ε below are, it "
-        f"is {converted}: a conversion loses some per cent"
+        f" by {COMPOSITION}. The ε of the examples below are converted from Rényi "
+        f"divergences, which loses more: converted, the worst case is {converted}. "
+        f"Where an ε or its limit is above {rounded_up(scores.least_worst_case)}, the "
+        "worst case is the smaller one"
     )
 
 

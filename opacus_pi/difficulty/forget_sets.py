@@ -40,9 +40,10 @@ _SEED = 0
 _CUT = (
     "A forget set contains only some of the examples that have equal scores: {cuts}. "
     "Which of them it contains is random (see generator) and says nothing about their "
-    "difficulty. Choose a size that includes all of them or none. Examples that are "
-    "clipped in every update all have the largest privacy loss, the worst case. To "
-    "separate them, use a lower order or train with a larger max_grad_norm."
+    "difficulty. Choose a size that includes all of them or none. Privacy losses are "
+    "equal where examples are clipped in every update (train with a larger "
+    "max_grad_norm), or where estimates were cut to the worst case (use another order, "
+    "such as 2)."
 )
 
 

@@ -26,8 +26,9 @@ from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
 from opacus_pi._types import ArrayLike
 from opacus_pi.accounting import GradNormLedger, NoisySGD, PrivacyStatement
+from opacus_pi.accounting.tied_losses import always_clipped
 from opacus_pi.attribution import Tracker
-from opacus_pi.difficulty.forget_sets import num_at_top
+from opacus_pi.difficulty.forget_sets import ties
 from opacus_pi.integration.accountants import (
     AccountantBound,
     bound_of,
@@ -187,8 +188,9 @@ class Readings:
             order: Rényi order, above 1.
             **options: Options of ``accounting.privacy_losses``.
         """
-        losses = accounting.privacy_losses(self._unnamed_ledger(), order, **options)
-        _warn_if_most_are_equal(losses)
+        ledger = self._unnamed_ledger()
+        losses = accounting.privacy_losses(ledger, order, **options)
+        _warn_if_most_are_equal(losses, ledger)
         return losses
 
     def epsilons(self, delta: float, **options: Any) -> NDArray[np.float64]:
@@ -200,7 +202,7 @@ class Readings:
         """
         ledger = self._unnamed_ledger()
         values = accounting.epsilons(ledger, delta, **options)
-        _warn_if_most_are_equal(values)
+        _warn_if_most_are_equal(values, ledger)
         return self._at_most_the_worst_case(values, delta, ledger.mechanism)
 
     def epsilon_limits(self, delta: float, **options: Any) -> NDArray[np.float64]:
@@ -330,18 +332,33 @@ class Readings:
         return latest is not None and latest.loader_pass.has_ended
 
 
-def _warn_if_most_are_equal(values: NDArray[np.float64]) -> None:
-    """Warn if most examples share the largest value.
+def _warn_if_most_are_equal(
+    values: NDArray[np.float64], ledger: accounting.GradNormLedger
+) -> None:
+    """Warn if most examples share the largest value, and name the causes.
 
     Sorting such values would only reproduce the order of the data set.
     """
-    num_equal = num_at_top(values)
-    if 1 < num_equal and len(values) < 2 * num_equal:
-        warnings.warn(
-            f"{num_equal} of {len(values)} examples share the largest value, so they "
-            "cannot be distinguished. If this value is the worst case, that of an "
-            "example that is clipped in every update, larger estimates were cut to it. "
-            "Use a larger max_grad_norm with a smaller learning rate, or a lower "
-            "order.",
-            stacklevel=_USERS_LINE + 1,
+    is_largest = ties(values) == ties(values).max(initial=0)
+    num_equal = int(np.count_nonzero(is_largest))
+    if num_equal < 2 or 2 * num_equal <= len(values):
+        return
+    num_clipped = int(np.count_nonzero(is_largest & always_clipped(ledger)))
+    causes = [
+        f"{num_equal} of {len(values)} examples share the largest value, so they "
+        "cannot be distinguished."
+    ]
+    if num_clipped:
+        causes.append(
+            f"{num_clipped} of them had gradients at or above max_grad_norm at every "
+            "update for which their norm is known: a larger max_grad_norm with a "
+            "smaller learning rate may distinguish these."
         )
+    if num_clipped < num_equal:
+        causes.append(
+            f"{num_equal - num_clipped} had a smaller norm at some update: if the "
+            "value is the worst case, their larger estimates were cut to it. Without a "
+            "new training, privacy_losses at another order, such as 2, or with "
+            "hoelder_p=inf may distinguish these."
+        )
+    warnings.warn(" ".join(causes), stacklevel=_USERS_LINE + 1)

@@ -15,7 +15,7 @@ cannot be quoted by mistake.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -34,6 +34,7 @@ from opacus_pi.accounting.assumed_noise import has_assumed_noise
 from opacus_pi.accounting.conversion import check_delta, large_delta
 from opacus_pi.accounting.epsilon import default_tolerance, losses_and_epsilons
 from opacus_pi.accounting.guarantee import Assumption, rounded_up
+from opacus_pi.accounting.tied_losses import TiedLosses, tied_losses
 from opacus_pi.accounting.training_bound import (
     TrainingBounds,
     training_assumptions,
@@ -85,6 +86,7 @@ class Scores(Shown):
             is no such limit.
         composed_worst_case: The same by numerical composition, which loses less;
             ``inf`` if there is none.
+        tied: Why losses equal the worst case, and at which order fewer do.
     """
 
     _note: ClassVar[str] = "sensitive: it shows which examples are unusual"
@@ -101,6 +103,7 @@ class Scores(Shown):
     tolerance: float = 0.0
     observed: GradNormLedger | None = field(default=None, repr=False, compare=False)
     composed_worst_case: float = math.inf
+    tied: TiedLosses = TiedLosses(0, 0)
 
     def _shown(self) -> dict[str, Any]:
         return {
@@ -163,8 +166,8 @@ class Scores(Shown):
         """Return how many losses equal the worst case, up to rounding.
 
         These examples were clipped in every update, or their larger estimate was cut to
-        the worst case. The loss cannot distinguish them. If there are many, a lower
-        order or training with a larger clip norm may separate them.
+        the worst case. The loss cannot distinguish them. ``tied`` says how many have
+        which cause, and what separates them.
         """
         return int(np.count_nonzero(self.losses >= self.worst_case_loss * _ROUNDING))
 
@@ -280,6 +283,7 @@ class Scores(Shown):
             "composed_worst_case": self.composed_worst_case,
             "num_at_bound": self.num_at_bound,
             "num_at_top": self.num_at_top,
+            "tied": asdict(self.tied),
             "quantiles": self.quantiles(),
             "hardest": self.hardest(top),
             "strata": self.strata(),
@@ -358,6 +362,7 @@ def score(
         else worst_case_loss(mechanism, order, steps=runs[0].steps),
         worst_case_epsilon=bounds.converted,
         composed_worst_case=bounds.composed,
+        tied=tied_losses(runs, losses, order, tolerance=tolerance),
         assumptions=assumptions,
         tolerance=tolerance,
         unchecked_links=unchecked_in([run.custody for run in runs]),
@@ -398,7 +403,47 @@ def tie_sentence(facts: Mapping[str, Any]) -> str:
     )
     return (
         f"{tied} examples share the largest loss{bound}: the loss cannot distinguish "
-        f"them, and {order}."
+        f"them, and {order}.{_causes(facts['tied'])}"
+    )
+
+
+def _causes(tied: Mapping[str, Any]) -> str:
+    """Return why losses equal the worst case, and the remedies; empty if none does.
+
+    Args:
+        tied: The facts of a ``TiedLosses``.
+    """
+    num_clipped, num_cut = tied["num_clipped"], tied["num_cut"]
+    parts = []
+    if num_clipped:
+        parts.append(
+            f"{num_clipped} of them had gradients at or above the clip norm at every "
+            "update for which their norm is known; training with a larger clip norm "
+            "may distinguish these."
+        )
+    if num_cut:
+        parts.append(
+            f"For {num_cut} of them the estimate was above the worst case and was cut "
+            "to it. This depends on the order, and needs no new training: "
+            + _other_order(tied)
+        )
+    return "".join(f" {part}" for part in parts)
+
+
+def _other_order(tied: Mapping[str, Any]) -> str:
+    """Return the end of the sentence about another order.
+
+    Args:
+        tied: The facts of a ``TiedLosses`` with cut estimates.
+    """
+    if tied["other_order"] is None:
+        return (
+            "none of the other orders that were tried has clearly fewer ties; the "
+            "plain sum over the updates (hoelder_p=inf in Python) may have fewer."
+        )
+    return (
+        f"at order {tied['other_order']:g}, {tied['num_at_other']} examples have the "
+        "worst case."
     )
 
 

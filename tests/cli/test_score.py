@@ -157,6 +157,8 @@ def test_ties_are_said(run, answer, ledger, tmp_path):
     )
     words = ("score", tmp_path / "tied.safetensors", "--sigma", 1)
     assert "37 examples share the largest loss: the loss cannot" in run(*words)[1]
+    clipped = "37 of them had gradients at or above the clip norm at every update"
+    assert clipped in out and clipped in run(*words)[1] and "was cut" not in out
     ledger.subset([0]).save(tmp_path / "single.safetensors")
     assert "share" not in run("score", tmp_path / "single.safetensors")[1]
 
@@ -195,6 +197,13 @@ def test_equal_losses_are_ordered_by_epsilon_and_equal_lines_are_one(
     ids = [row["id"] for row in found["hardest"]]
     out = run(*words)[1]
     assert "here they are ordered by ε; ids of equal ε are in one line" in out
+    assert "4 of them had gradients at or above the clip norm" in out
+    tied = found["tied"]
+    assert (tied["num_clipped"], tied["num_cut"]) == (4, 5)
+    elsewhere = answer(*words[:2], "--order", tied["other_order"])
+    assert elsewhere["num_at_bound"] == tied["num_at_other"] == 4
+    assert "For 5 of them the estimate was above the worst case and was cut" in out
+    assert f"at order {tied['other_order']:g}, 4 examples have the worst case" in out
     for part in (ids[:4], ids[4:]):
         assert f"\n{', '.join(map(str, part))} " in out
 

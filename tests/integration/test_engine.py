@@ -3,6 +3,7 @@
 import gc
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import opacus
@@ -14,9 +15,11 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 from torch.utils.data import DataLoader
 
+from opacus_pi import accounting
 from opacus_pi.accounting import fingerprint, privacy_statement, worst_case_loss
 from opacus_pi.gradients import sweep
 from opacus_pi.integration.engine import PrivacyEngine
+from opacus_pi.integration.readings import _warn_if_most_are_equal
 from opacus_pi.recording import AccountingError, Recorder
 from tests.private_training import ADAPTIVE, Net, Training, data, one_at_a_time
 
@@ -223,8 +226,10 @@ def test_easy_examples_have_smaller_losses():
 
 def test_a_warning_where_most_examples_have_the_same_loss():
     always_clipped = Training(max_grad_norm=1e-3).train(4).engine
-    with pytest.warns(UserWarning, match="24 of 24 examples share the largest value"):
+    words = "24 of 24 examples share the largest value.* 24 of them had gradients"
+    with pytest.warns(UserWarning, match=words) as w:
         always_clipped.privacy_losses(8)
+    assert "were cut" not in str(w[0].message)
     with pytest.warns(UserWarning, match="cannot be distinguished"):
         always_clipped.epsilons(1e-3)
     never_clipped = Training(max_grad_norm=1e3).train(4).engine
@@ -232,6 +237,19 @@ def test_a_warning_where_most_examples_have_the_same_loss():
         warnings.simplefilter("error")
         never_clipped.privacy_losses(8)
         never_clipped.epsilons(1e-3)
+
+
+def test_the_warning_of_equal_losses_names_cut_estimates():
+    engine = Training(max_grad_norm=1e-3, noise_multiplier=1.0).train(4).engine
+    ledger = engine.ledger
+    below = replace(ledger, grad_norms=ledger.grad_norms.clip(max=0.999e-3))
+    losses = accounting.privacy_losses(below, 6)
+    worst = accounting.worst_case_loss(below.mechanism, 6)
+    assert (losses == worst).all()  # although no example is clipped
+    with pytest.warns(UserWarning, match="24 had a smaller norm at some update") as w:
+        _warn_if_most_are_equal(losses, below)
+    text = str(w[0].message)
+    assert "hoelder_p=inf" in text and "24 of them" not in text
 
 
 def test_fixed_sampling_is_not_capped_by_a_number_that_assumes_poisson():
