@@ -48,6 +48,7 @@ from opacus_pi.cli.inputs import (
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer, table
 from opacus_pi.cli.owners import Owned, read_request, shared_text
+from opacus_pi.cli.progress import ProgressLines
 from opacus_pi.cli.recorded_weights import (
     require_ledgers_of,
     require_recorded_weights,
@@ -220,7 +221,11 @@ def _settings(
         going_back: The arguments of a rewind; empty: no rewind.
         collate_fn: Makes a batch of a list of items; None: torch's own.
     """
-    own = {"num_epochs": options.num_epochs, "batch_size": options.batch_size}
+    own = {
+        "num_epochs": options.num_epochs,
+        "batch_size": options.batch_size,
+        "callbacks": [ProgressLines(options.num_epochs)],
+    }
     return {**(going_back or own), "collate_fn": collate_fn}
 
 

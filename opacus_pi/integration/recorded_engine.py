@@ -104,6 +104,13 @@ class RecordedEngine(Shown, OpacusEngine):
         self, recorder: Recorder | None = None, renyi_filter: RenyiFilter | None = None
     ) -> None:
         """Add everything that Opacus's engine does not have."""
+        expect(
+            isinstance(recorder, Recorder | None),
+            "recorder",
+            repr(recorder),
+            "must be a Recorder or None",
+            'Pass for example Recorder("swept").',
+        )
         self.recorder = Recorder() if recorder is None else recorder
         self.renyi_filter = renyi_filter
         self.checks, self.checkpoints = RunChecks(), Checkpoints()

@@ -52,6 +52,7 @@ __all__ = [
     "filled_by_rank",
     "joint_mechanism",
     "require_alike",
+    "require_ledgers",
     "runs_of",
 ]
 
@@ -460,6 +461,31 @@ def filled_by_rank(ledger: GradNormLedger) -> GradNormLedger:
     return replace(ledger, grad_norms=filled)
 
 
+def require_ledgers(
+    ledgers: "GradNormLedger | Sequence[GradNormLedger]",
+) -> tuple[GradNormLedger, ...]:
+    """Return one ledger, or several, as a tuple of nothing else.
+
+    Args:
+        ledgers: The ledgers; whether they belong together is not checked.
+
+    Raises:
+        ValueError: If something is not a ledger.
+    """
+    runs: tuple[Any, ...] = (ledgers,)
+    if isinstance(ledgers, Iterable) and not isinstance(ledgers, str | Mapping):
+        runs = tuple(ledgers)
+    for run in runs:
+        expect(
+            isinstance(run, GradNormLedger),
+            "ledger",
+            f"a {type(run).__name__}",
+            "must be a GradNormLedger, or a list of them",
+            "Pass engine.ledger, or load one by GradNormLedger.load(path).",
+        )
+    return runs
+
+
 def runs_of(
     ledgers: "GradNormLedger | Sequence[GradNormLedger]", *, same_steps: bool = True
 ) -> tuple[GradNormLedger, ...]:
@@ -474,17 +500,8 @@ def runs_of(
             examples or data set.
         AccountingError: If a link of a run's chain of custody is broken.
     """
-    runs: tuple[Any, ...] = (ledgers,)
-    if isinstance(ledgers, Iterable) and not isinstance(ledgers, str | Mapping):
-        runs = tuple(ledgers)
+    runs = require_ledgers(ledgers)
     for run in runs:
-        expect(
-            isinstance(run, GradNormLedger),
-            "ledger",
-            f"a {type(run).__name__}",
-            "must be a GradNormLedger, or a list of them",
-            "Pass engine.ledger, or load one by GradNormLedger.load(path).",
-        )
         run.require_intact()
     expect(
         len(runs) > 0, "ledger", "[]", "must contain a run", "Pass at least one ledger."

@@ -39,8 +39,8 @@ _TRANSFORMS = "t"
 _ERASED = "z"  # not a hash: the number of examples that may have been erased
 _PARTS = {
     "x": "the inputs of evenly spaced examples",
-    "e": "numbers of the inputs of every example",
-    "s": "numbers of the inputs of evenly spaced examples",
+    "e": "hashes of numbers in the inputs of every example",
+    "s": "hashes of numbers in the inputs of evenly spaced examples",
     "o": "the orders that the data set holds",
     "y": "single numbers of each example, such as labels",
     "p": "the names of files or texts of all examples",
@@ -51,7 +51,7 @@ _PARTS = {
 }
 _CONTENT = {*_PARTS} - {"o", "y"}  # these tell something about the inputs
 _INPUTS = {"x", "e", "s"}
-_PREPROCESSED = " (was another tokenizer used, or another preprocessing?)"
+_PREPROCESSED = " (was a value or the preprocessing changed, such as a tokenizer?)"
 _WHOLE = {"e", "w"}  # these depend on every example and its position
 # A data set may count or note something in these while it is used, so a difference is
 # no reason to refuse. But positions may then name other examples.
@@ -63,7 +63,7 @@ _NOTED = {
 
 # One changed example changes the hash of its part, so a difference says no more.
 _DIFFERENCES = {
-    "x": "at least one of the inputs that were compared (evenly spaced ones)",
+    "x": "at least one input of the evenly spaced ones that were compared",
     "e": "at least one input",
     "s": "a number of at least one of the inputs that were compared",
     "y": "at least one number of an example, such as a label",
@@ -109,9 +109,10 @@ def difference(one: str, other: str) -> str:
     """
     (base, parts), (other_base, others) = _parts(one), _parts(other)
     found = [] if base == other_base else [_difference_of_bases(base, other_base)]
-    for letter, words in _PARTS.items():
-        if letter in parts and letter in others and parts[letter] != others[letter]:
-            found.append(_DIFFERENCES.get(letter, words))
+    unlike = {x for x in _PARTS if x in parts and x in others and parts[x] != others[x]}
+    if "e" in unlike:  # it says what the parts of some inputs would say again
+        unlike -= {"x", "s"}
+    found += [_DIFFERENCES.get(x, _PARTS[x]) for x in _PARTS if x in unlike]
     only_inputs = bool(found) and {*found} <= {_DIFFERENCES[x] for x in _INPUTS}
     return "; ".join(found) + _PREPROCESSED * only_inputs
 

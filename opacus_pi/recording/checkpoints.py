@@ -115,6 +115,13 @@ class Checkpoints:
         if max_bytes is not None:
             positive(max_bytes=max_bytes, remedy="Pass None for no limit.")
         self.max_bytes = max_bytes
+        expect(
+            isinstance(deletion_policy, DeletionPolicy | None),
+            "deletion_policy",
+            repr(deletion_policy),
+            "must be a DeletionPolicy or None",
+            "Import DeletionPolicy from opacus_pi.accounting.",
+        )
         self.deletion_policy = deletion_policy
         self._log: ParticipationLog | None = None
         self._training: Training | None = None
@@ -331,9 +338,10 @@ class Checkpoints:
         found = [*self._files().values(), *blocks_in(self.directory).values()]
         require(
             not found,
-            f"The directory {self.directory} contains {len(found)} files of an earlier "
-            "run.",
-            "Use one directory for each run.",
+            f"checkpoints: {self.directory} contains {len(found)} files of an "
+            "earlier run, and this is a new one.",
+            "Name another directory, or delete these files if no rewind will need "
+            "them. To go on with the earlier run, load its checkpoint first.",
         )
         self._is_started = True
         self._save()

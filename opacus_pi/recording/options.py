@@ -67,6 +67,13 @@ class RecorderOptions:
             batch_size=batch_size,
             remedy="Pass the number of examples that a sweep measures at once.",
         )
+        expect(
+            isinstance(checkpoints, Checkpoints | None),
+            "checkpoints",
+            repr(checkpoints),
+            "must be a Checkpoints object or None",
+            "Pass Checkpoints(directory).",
+        )
         self.mode = mode
         self.every = checked_every(_EVERY[mode] if every is None else every)
         expect(

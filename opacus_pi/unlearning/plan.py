@@ -227,8 +227,8 @@ class Plan(Shown):
             return self.guarantee.text(delta, in_full=False)
         if self.rewind is not None:  # it needs the model
             return (
-                "What may be claimed afterwards depends on the unlearning method, "
-                "which was not named."
+                "What may be claimed afterwards depends on the unlearning method. Name "
+                "it (--method finetune is what a run without a name uses)."
             )
         return (
             "What may be claimed afterwards depends on the unlearning method and on "

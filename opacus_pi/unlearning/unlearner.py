@@ -40,6 +40,7 @@ from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.integration.rerun import Update
 from opacus_pi.ledger.erased_examples import not_erased
+from opacus_pi.ledger.grad_norm_ledger import require_ledgers
 from opacus_pi.ledger.run_identity import RunIdentity
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.collating import Collating
@@ -197,6 +198,16 @@ class Unlearner:
             "must be an unlearning method",
             "Pass for example FineTune() or Langevin(noise_std=0.02).",
         )
+        for name, make in (("optimizer", optimizer), ("scheduler", scheduler)):
+            expect(
+                make is None or callable(make),
+                name,
+                type(make).__name__,
+                f"must be a function that makes the {name}",
+                "Pass for example optimizer=lambda params: SGD(params, lr=0.1).",
+            )
+        if ledger is not None:
+            require_ledgers(ledger)
         self.model, self._live = training_copy(model), LiveModules(model)
         self.method = method
         self.ledger = ledger

@@ -162,7 +162,7 @@ def test_a_planned_rewind_is_the_one_that_is_run(
     assert found["cost"] == (0 if by_policy else 1)
     _, text, _ = run(*words_of_plan)
     assert text.index("By a rewind: ") < text.index("By unlearning steps instead")
-    assert "on the unlearning method, which was not named." in text
+    assert "depends on the unlearning method. Name it (--method finetune" in text
 
 
 def test_a_plan_without_states_has_no_rewind(answer, trained):

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opacus_pi.recording import AccountingError, Recorder
+from opacus_pi import PrivacyEngine
+from opacus_pi.recording import AccountingError, Checkpoints, Recorder
 from tests.recording.reporting import INF, N, begun, report, sweep_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:This run has no ledger")
@@ -141,3 +142,19 @@ def test_samples_of_a_data_set_that_grew_give_the_same_error_each_time():
         for _ in range(2):
             with pytest.raises(AccountingError, match="now it has another length"):
                 _ = recorder.ledger
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Recorder(checkpoints="states"), "checkpoints must be a Checkpoints"),
+        (
+            lambda: Checkpoints("states", deletion_policy="p"),
+            "deletion_policy must be a DeletionPolicy",
+        ),
+        (lambda: PrivacyEngine(recorder="swept"), "recorder must be a Recorder"),
+    ],
+)
+def test_objects_of_another_type_are_refused_at_once(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

@@ -314,3 +314,17 @@ def test_texts_of_different_lengths_are_collated_by_the_users_function():
     pairs = zip(found.model.parameters(), expected.model.parameters(), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("argument", "match"),
+    [
+        ({"ledger": "ledger.safetensors"}, r"got a str\. .*GradNormLedger\.load"),
+        ({"ledger": [1]}, "ledger must be a GradNormLedger"),
+        ({"optimizer": 0.1}, "optimizer must be a function that makes the optimizer"),
+        ({"scheduler": "cosine"}, "scheduler must be a function"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_at_once(argument, match):
+    with pytest.raises(ValueError, match=match):
+        Unlearner(nn.Linear(2, 2), criterion=nn.CrossEntropyLoss(), **argument)
