@@ -67,13 +67,6 @@ class RecorderOptions:
             batch_size=batch_size,
             remedy="Pass the number of examples that a sweep measures at once.",
         )
-        expect(
-            isinstance(checkpoints, Checkpoints | None),
-            "checkpoints",
-            repr(checkpoints),
-            "must be a Checkpoints object or None",
-            "Pass Checkpoints(directory).",
-        )
         self.mode = mode
         self.every = checked_every(_EVERY[mode] if every is None else every)
         expect(
@@ -89,7 +82,7 @@ class RecorderOptions:
         self.weights_dir = None if weights_dir is None else Path(weights_dir)
         self.batch_size = batch_size
         self.unattributed = unattributed
-        self.checkpoints = checkpoints
+        self.checkpoints = _checked_checkpoints(checkpoints)
 
     @classmethod
     def evenly_spaced(
@@ -148,3 +141,15 @@ class RecorderOptions:
 
 # Python's error about a misspelt option then names the class that the user wrote.
 RecorderOptions.__init__.__qualname__ = "Recorder.__init__"
+
+
+def _checked_checkpoints(checkpoints: Checkpoints | None) -> Checkpoints | None:
+    """Return the option, or refuse what is no ``Checkpoints``, such as a directory."""
+    expect(
+        isinstance(checkpoints, Checkpoints | None),
+        "checkpoints",
+        repr(checkpoints),
+        "must be a Checkpoints object or None",
+        "Pass Checkpoints(directory).",
+    )
+    return checkpoints

@@ -198,16 +198,7 @@ class Unlearner:
             "must be an unlearning method",
             "Pass for example FineTune() or Langevin(noise_std=0.02).",
         )
-        for name, make in (("optimizer", optimizer), ("scheduler", scheduler)):
-            expect(
-                make is None or callable(make),
-                name,
-                type(make).__name__,
-                f"must be a function that makes the {name}",
-                "Pass for example optimizer=lambda params: SGD(params, lr=0.1).",
-            )
-        if ledger is not None:
-            require_ledgers(ledger)
+        _require_types(optimizer, scheduler, ledger)
         self.model, self._live = training_copy(model), LiveModules(model)
         self.method = method
         self.ledger = ledger
@@ -955,3 +946,21 @@ def _seeded_from_torch() -> torch.Generator:
     A caller who has called ``torch.manual_seed`` gets the same run again.
     """
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+
+def _require_types(
+    optimizer: MakeOptimizer | None,
+    scheduler: MakeScheduler | None,
+    ledger: Ledgers | None,
+) -> None:
+    """Refuse arguments of another type before they are first used."""
+    for name, make in (("optimizer", optimizer), ("scheduler", scheduler)):
+        expect(
+            make is None or callable(make),
+            name,
+            type(make).__name__,
+            f"must be a function that makes the {name}",
+            "Pass for example optimizer=lambda params: SGD(params, lr=0.1).",
+        )
+    if ledger is not None:
+        require_ledgers(ledger)
