@@ -56,7 +56,11 @@ _GET_EPSILON = (
     " get_epsilon of an engine may be one of them, or a little smaller: a PRV "
     "accountant rounds in another way."
 )
-_PUBLIC = "The bound does not depend on anyone's data and may be shared with anyone."
+_PUBLIC = (
+    "The bound does not depend on anyone's data and may be shared with anyone. It is "
+    "about the model that this training left: a model that is computed from it and "
+    "from data, as by unlearning, is a further release."
+)
 
 
 @dataclass(frozen=True)

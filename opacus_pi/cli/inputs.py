@@ -31,6 +31,12 @@ from opacus_pi.cli.imports import (
     MODEL,
     import_object,
 )
+from opacus_pi.files.kinds import (
+    ORACLE,
+    RECORDED_WEIGHTS,
+    UNLEARNED_WEIGHTS,
+    kind_in,
+)
 from opacus_pi.files.regular_file import require_readable_once, require_regular
 from opacus_pi.files.state_dict_file import tensors_of
 from opacus_pi.files.torch_file import read_torch_file
@@ -45,6 +51,7 @@ _LEDGER_REMEDY = (
     "Write one with engine.ledger.save(path), or name a checkpoint of "
     "engine.save_checkpoint."
 )
+_HEADER = 65_536  # bytes at the start of a file in which its kind is named
 _WEIGHTS_REMEDY = (
     "Save the weights with safetensors.torch.save_file(model.state_dict(), path)."
 )
@@ -341,6 +348,7 @@ def load_weights(flag: str, path: str, model: nn.Module) -> nn.Module:
     """
     with about(flag, _WEIGHTS_REMEDY):
         state = _read_state(flag, path)
+        _require_no_other_kind(flag, path)
     state = with_names_of(model, state)
     _require_numbers_of(model, state, f"{flag}: {path}")
     try:
@@ -351,6 +359,14 @@ def load_weights(flag: str, path: str, model: nn.Module) -> nn.Module:
             "Name the architecture that the weights were trained with."
         ) from error
     return model
+
+
+def _require_no_other_kind(flag: str, path: str) -> None:
+    """Refuse a file that says it is something else of this library, as a ledger."""
+    with open(path, "rb") as file:
+        kind = kind_in(file.read(_HEADER))
+    if kind not in (None, RECORDED_WEIGHTS, UNLEARNED_WEIGHTS, ORACLE):
+        raise BadInput(f"{flag}: {path} is {kind.words}. {_WEIGHTS_REMEDY}")
 
 
 def _require_numbers_of(

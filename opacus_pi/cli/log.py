@@ -224,6 +224,7 @@ def _list_text(
         num_known: How many requests the log has, or the person.
     """
     of = "" if options.person is None else f" of {options.person}"
+    of += "" if options.request_id is None else f" named {options.request_id}"
     first = (
         f"Requests{of} in {options.log}: {facts['num_pending']} pending, "
         f"{facts['num_carried_out']} carried out, {facts['num_redacted']} redacted"

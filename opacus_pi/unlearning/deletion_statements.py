@@ -153,6 +153,11 @@ class DeletionStatement(Shown):
         """
         try:
             content = dict(plain_json(text))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _unreadable(error) from error
+        if content.get("format") == _FORMAT:
+            require_unedited(content, "The text", _UNEDITED)
+        try:
             found = cls(
                 Guarantee.from_json(json.dumps(content["guarantee"])),
                 float(content["delta"]),
@@ -166,10 +171,7 @@ class DeletionStatement(Shown):
                 int(content.get("num_requested", 0)),
             )
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(
-                f"text must be JSON in the format {_FORMAT}, got something else "
-                f"({in_one_line(str(error))[:200]}). {_UNEDITED}"
-            ) from error
+            raise _unreadable(error) from error
         require_unedited(content, "The text", _UNEDITED)
         expect(
             with_json_checksum(found.facts()) == content,
@@ -274,6 +276,14 @@ class DeletionStatement(Shown):
             "compares with a model that was trained without all of them. So it holds "
             f"for {each}, too."
         ]
+
+
+def _unreadable(error: Exception) -> ValueError:
+    """Return the error for a text that is no statement."""
+    return ValueError(
+        f"text must be JSON in the format {_FORMAT}, got something else "
+        f"({in_one_line(str(error))[:200]}). {_UNEDITED}"
+    )
 
 
 def _examples(number: int) -> str:

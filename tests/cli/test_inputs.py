@@ -54,6 +54,13 @@ def test_tied_weights_may_have_one_of_their_names(tmp_path, prefix):
     assert_same(load_weights("--weights", str(path), Tied(1)), source)
 
 
+def test_a_file_of_another_kind_is_named(tmp_path):
+    path = tmp_path / "ledger.safetensors"
+    Training().train(1).engine.ledger.save(path)
+    with pytest.raises(BadInput, match="is a ledger of gradient norms. Save the weigh"):
+        load_weights("--weights", str(path), Tied(0))
+
+
 def test_a_weight_that_is_missing_and_not_tied_is_an_error(tmp_path):
     path = tmp_path / "net.safetensors"
     state = {k: v.clone() for k, v in Tied(0).state_dict().items() if "other" not in k}

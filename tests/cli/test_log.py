@@ -89,6 +89,8 @@ def test_unlearn_carries_out_the_request_that_was_submitted(run, answer, log, tm
         assert found["request_id"] == row["request_id"] and found["carried_out"]
     rows = list_requests(log)
     assert [row.state for row in rows] == ["carried out"] * 2
+    shown = run("log", "list", log, "--request-id", "2026-002")[1]
+    assert shown.startswith(f"Requests named 2026-002 in {log}: 0 pending, 1 carried")
     code, out, _ = run("log", "submit", log, "--forget", "3")
     assert code == 0 and out.startswith("Entered before in") and "carried out, 2" in out
     assert "To carry out" not in out
