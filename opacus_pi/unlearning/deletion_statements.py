@@ -23,7 +23,7 @@ True
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class DeletionStatement(Shown):
         requests: Names of the requests that the run carried out; empty if there was no
             deletion log.
         finished: When the run ended, ISO 8601 in UTC; empty if that is not known.
-        num_forgotten: Number of examples that the guarantee covers, those of earlier
+        num_forgotten: Number of examples that the guarantee covers, those of other
             requests included.
         weights: SHA-256 of the weights by name and value, as
             ``record["unlearned_weights"]`` and the deletion log name them.
@@ -104,6 +104,28 @@ class DeletionStatement(Shown):
     def _shown(self) -> dict[str, Any]:
         facts = {"requests": list(self.requests), "finished": self.finished}
         return {**facts, "kind": self.guarantee.kind}
+
+    def for_request(self, name: str) -> "DeletionStatement":
+        """Return the statement for the person of one request: it names no other one.
+
+        What is claimed stays the same: it holds for all examples together, and so for
+        those of each request.
+
+        Args:
+            name: The request.
+
+        Raises:
+            ValueError: If the statement names no such request.
+        """
+        expect(
+            name in self.requests,
+            "name",
+            name,
+            f"must be one of the requests of the statement, {list(self.requests)}",
+            "For an earlier request, make the statement of requests.last_result(model, "
+            "[name]).",
+        )
+        return replace(self, requests=(name,), num_requested=0)
 
     def facts(self) -> dict[str, Any]:
         """Return the statement as JSON facts; how-to/regulator.md lists the keys."""
@@ -216,7 +238,7 @@ class DeletionStatement(Shown):
             f"Statement about the deletion {about}."
             if names
             else "Statement about a deletion that is in no deletion log.",
-            f"{about_these}{ended}The model was to forget {size}, those of earlier "
+            f"{about_these}{ended}The model was to forget {size}, those of other "
             "requests included.",
             *self._of_earlier_runs(),
         ]

@@ -294,3 +294,18 @@ def test_other_texts_are_refused(text, tmp_path):
     (tmp_path / "other.json").write_text(text)
     with pytest.raises(ValueError, match="text must be JSON in the format"):
         DeletionStatement.load(tmp_path / "other.json")
+
+
+def test_the_statement_for_one_request_names_no_other():
+    whole = replace(
+        deletion_statement(result(), 1e-5),
+        requests=("2026-001", "2026-002"),
+        num_forgotten=6,
+        num_requested=6,
+    )
+    own = DeletionStatement.from_json(whole.for_request("2026-002").to_json())
+    assert own.requests == ("2026-002",) and own.guarantee == whole.guarantee
+    assert own.num_forgotten == 6 and "2026-001" not in str(own) + own.to_json()
+    assert "together ask" in str(whole) and "together ask" not in str(own)
+    with pytest.raises(ValueError, match="name must be one of .*got '?2026-003"):
+        whole.for_request("2026-003")
