@@ -64,6 +64,7 @@ ABOVE_THE_FLOOR = {
     "_torch_compat.py": {"torch"},
     "files/weights_file.py": {"torch"},
     "files/checksummed_state.py": {"torch"},
+    "files/state_dict_file.py": {"torch"},
     "files/torch_file.py": {"torch"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -39,8 +39,11 @@ from tqdm import tqdm
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
-from opacus_pi.evaluation.gap import gap_path
-from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
+from opacus_pi.evaluation.trace import (
+    UnlearningTrace,
+    mean_of_oracle,
+    time_to_unlearn,
+)
 
 __all__ = ["SearchResult", "Trial", "fastest_good", "gap_to_oracle", "search_settings"]
 
@@ -198,8 +201,8 @@ def _judged(
     privacy, utility = metrics
     gap = gap_to_oracle(trace, oracle, metrics)
     time = time_to_unlearn(trace, oracle, metric=privacy)
-    lost = [-gap_path(trace, oracle, metric=name) for name in (utility, *held)]
-    past = gap_path(trace, oracle, metric=privacy)
+    lost = [mean_of_oracle(oracle, name) - trace[name] for name in (utility, *held)]
+    past = trace[privacy] - mean_of_oracle(oracle, privacy)
     beyond = -np.sign(past[0]) * past
     return Trial(settings, gap, time, _worst(np.stack(lost)), _worst(beyond))
 

@@ -143,7 +143,7 @@ def test_thinning_depends_on_numbers_only():
 
 def test_a_directory_holds_one_run(tmp_path):
     Saved(tmp_path / "states", every=5)
-    with pytest.raises(ValueError, match="one directory for each run"):
+    with pytest.raises(ValueError, match="files of an earlier run, and this is a new"):
         Saved(tmp_path / "states", every=5)
 
 

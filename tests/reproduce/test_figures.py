@@ -225,7 +225,7 @@ def test_accuracies_must_end_alike_on_all_sets():
 def test_barriers_are_judged_by_sets():
     rng = np.random.default_rng(0)
     before = 0.2 + 0.03 * np.arange(20) + 0.01 * rng.normal(size=(5, 20))
-    pairs = 0.1 + 0.01 * rng.normal(size=(20, 10))
+    pairs = 0.1 + 0.005 * rng.normal(size=(20, 10))
 
     def judged(after, baseline):
         result = {

@@ -912,7 +912,7 @@ def test_what_it_shows_names_nobody(tmp_path):
         "num_done=3, num_withdrawn=0, num_redacted=1)"
     )
     mine.log.path.write_bytes(b"damaged")
-    assert "cannot be read" in repr(mine)
+    assert "must be a deletion log" in repr(mine)
 
 
 def test_files_are_the_owners_alone(tmp_path):
