@@ -211,7 +211,7 @@ def test_interrupted_nothing_is_left(run, tmp_path, monkeypatch):
         (("3", *LOG, "cli_project.py"), "path must be a deletion log, got"),
         (("3", *LOG, "ledger.safetensors"), "path must be a deletion log, got"),
         (("3", "--weights", "retrained.py"), "--weights: retrained.py is not"),
-        (("3", "--weights", "ledger.safetensors"), "does not fit the model"),
+        (("3", "--weights", "ledger.safetensors"), "is a ledger of gradient norms"),
         (("3", "--model", "cli_project:build_wider"), "does not fit the model"),
         (
             ("3", "--data", "cli_project:other_set", "--ledger", "ledger.safetensors"),
