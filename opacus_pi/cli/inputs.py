@@ -31,12 +31,8 @@ from opacus_pi.cli.imports import (
     MODEL,
     import_object,
 )
-from opacus_pi.files.kinds import (
-    ORACLE,
-    RECORDED_WEIGHTS,
-    UNLEARNED_WEIGHTS,
-    kind_in,
-)
+from opacus_pi.files.arrays_file import named_kind
+from opacus_pi.files.kinds import KINDS, ORACLE, RECORDED_WEIGHTS, UNLEARNED_WEIGHTS
 from opacus_pi.files.regular_file import require_readable_once, require_regular
 from opacus_pi.files.state_dict_file import tensors_of
 from opacus_pi.files.torch_file import read_torch_file
@@ -51,7 +47,6 @@ _LEDGER_REMEDY = (
     "Write one with engine.ledger.save(path), or name a checkpoint of "
     "engine.save_checkpoint."
 )
-_HEADER = 65_536  # bytes at the start of a file in which its kind is named
 _WEIGHTS_REMEDY = (
     "Save the weights with safetensors.torch.save_file(model.state_dict(), path)."
 )
@@ -363,8 +358,7 @@ def load_weights(flag: str, path: str, model: nn.Module) -> nn.Module:
 
 def _require_no_other_kind(flag: str, path: str) -> None:
     """Refuse a file that says it is something else of this library, as a ledger."""
-    with open(path, "rb") as file:
-        kind = kind_in(file.read(_HEADER))
+    kind = KINDS.get(named_kind(path) or "")
     if kind not in (None, RECORDED_WEIGHTS, UNLEARNED_WEIGHTS, ORACLE):
         raise BadInput(f"{flag}: {path} is {kind.words}. {_WEIGHTS_REMEDY}")
 

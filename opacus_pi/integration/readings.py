@@ -339,7 +339,8 @@ def _warn_if_most_are_equal(
 
     Sorting such values would only reproduce the order of the data set.
     """
-    is_largest = ties(values) == ties(values).max(initial=0)
+    levels = ties(values)
+    is_largest = levels == levels.max(initial=0)
     num_equal = int(np.count_nonzero(is_largest))
     if num_equal < 2 or 2 * num_equal <= len(values):
         return
