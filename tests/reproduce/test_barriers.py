@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from math import comb
 
 import numpy as np
 import pytest
@@ -13,14 +14,17 @@ from benchmarks.common.training import Recipe
 from benchmarks.reproduce.barrier_units import (
     SETS,
     BarrierAfter,
+    BarrierBaseline,
     barriers,
     oracles_of_seed,
 )
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import FIGURES
+from benchmarks.reproduce.figures.loss_barriers import FEWEST_PAIRS
 from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE
 from benchmarks.reproduce.pool import run_all
+from benchmarks.reproduce.scales import SCALES
 from benchmarks.reproduce.units import Unlearning
 from benchmarks.reproduce.unlearning_runs import evaluator, unlearn
 from benchmarks.reproduce.workspace import Workspace
@@ -69,6 +73,14 @@ def test_no_two_seeds_share_an_oracle_unless_all_do():
     few = replace(TINY, num_seeds=4, num_oracles=3)
     met = [oracles_of_seed(few, SET, seed) for seed in range(4)]
     assert [[one.number for one in row] for row in met] == [[0, 1, 2]] * 4
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_baseline_has_enough_pairs_of_oracles(scale):
+    units = FIGURES["fig1-right"].units(SCALES[scale])
+    found = [unit for unit in units if isinstance(unit, BarrierBaseline)]
+    assert len(found) == SCALES[scale].sgd.num_sets
+    assert all(comb(len(one.needs()), 2) >= FEWEST_PAIRS for one in found)
 
 
 def test_a_run_that_is_not_judged_ends_at_the_same_model(tmp_path):
