@@ -76,3 +76,48 @@ def set_apart(scores: ArrayLike, size: int, count: int) -> Indices:
         )
     chosen = np.linspace(0, len(left) - 1, size).astype(int)
     return np.sort(ranked[np.array(left)[chosen]])
+
+
+def pairs_within_classes(
+    scores: ArrayLike, labels: ArrayLike, excluded: ArrayLike, size: int
+) -> tuple[Indices, Indices]:
+    """Return two equally hard sets that span the difficulty within each class.
+
+    Each class is ranked by itself. Pairs of neighbours in its ranking are taken at even
+    distances, from its easiest to its hardest examples. One example of a pair goes into
+    the first set and the other into the second; which of them is the harder one
+    alternates. So both sets have the same classes, and the same ranks up to one place.
+
+    Args:
+        scores: Difficulty of each example, ``(n,)``.
+        labels: The class of each example, ``(n,)``.
+        excluded: Indices that belong to neither set.
+        size: Most examples in a set, the same number from each class. A class with too
+            few examples gives as many pairs as it has.
+
+    Returns:
+        The sorted indices of both sets.
+
+    Raises:
+        ValueError: No class has two examples to give, or ``size`` is smaller than the
+            number of classes.
+    """
+    classes, ranked = np.asarray(labels), ranking(scores)
+    ranked = ranked[~np.isin(ranked, np.asarray(excluded, dtype=np.int64))]
+    names = np.unique(classes)
+    found: tuple[list[int], list[int]] = ([], [])
+    for turn, name in enumerate(names):
+        own = ranked[classes[ranked] == name]
+        number = min(size // len(names), len(own) // 2)
+        starts = np.linspace(0, len(own) - 2, number).astype(int) if number else []
+        for place, start in enumerate(starts):
+            harder = (place + turn) % 2
+            found[0].append(own[start + harder])
+            found[1].append(own[start + 1 - harder])
+    if not found[0]:
+        raise ValueError(
+            f"two sets of {size} examples of {len(names)} classes cannot be chosen: "
+            "they would be empty. Use larger sets or more examples."
+        )
+    one, other = (np.sort(np.array(indices, dtype=np.int64)) for indices in found)
+    return one, other

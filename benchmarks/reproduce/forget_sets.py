@@ -9,7 +9,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from benchmarks.common.set_ranges import set_apart, sets_along_range
+from benchmarks.common.set_ranges import (
+    pairs_within_classes,
+    set_apart,
+    sets_along_range,
+)
 from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.store import cached_json
 from benchmarks.reproduce.workspace import Workspace
@@ -25,8 +29,10 @@ class ForgetSet:
     Attributes:
         rule: ``"range"``: one of several sets along the range of difficulty;
             ``"top"``: a random part of the examples of highest score; ``"apart"``: hard
-            examples that belong to no set along the range, for the search of settings.
-        size: Number of examples.
+            examples that belong to no set along the range, for the search of settings;
+            ``"classes"``: one of two equally hard sets that span the range within each
+            class, without the examples of the search.
+        size: Number of examples; with ``"classes"`` at most so many.
         number: Which of the sets, from 0, the easiest one.
         count: How many sets the rule makes; they have no example in common.
         score: The score by which examples are ranked.
@@ -50,7 +56,7 @@ class ForgetSet:
             workspace.directory,
             "indices",
             facts,
-            lambda: self._chosen(workspace.scores(experiment)[self.score]).tolist(),
+            lambda: self._chosen(workspace, experiment).tolist(),
         )
         return np.array(found, dtype=np.int64)
 
@@ -73,7 +79,13 @@ class ForgetSet:
             )
         )
 
-    def _chosen(self, scores: np.ndarray) -> np.ndarray:
+    def _chosen(self, workspace: Workspace, experiment: Experiment) -> np.ndarray:
+        scores = workspace.scores(experiment)[self.score]
+        if self.rule == "classes":
+            labels = workspace.images(experiment).train.tensors[1].numpy()
+            searched = apart(experiment).indices(workspace, experiment)
+            both = pairs_within_classes(scores, labels, searched, self.size)
+            return both[self.number]
         if self.rule == "range":
             return sets_along_range(scores, self.size, self.count)[self.number]
         if self.rule == "apart":
@@ -84,7 +96,10 @@ class ForgetSet:
 
     def facts(self, experiment: Experiment) -> Facts:
         """Return what determines the examples."""
-        return asdict(self) | {"ranking": experiment.ranking_facts()}
+        found = asdict(self) | {"ranking": experiment.ranking_facts()}
+        if self.rule == "classes":
+            found |= {"without": asdict(apart(experiment))}
+        return found
 
 
 def sets_of(experiment: Experiment, size: int = 0) -> list[ForgetSet]:
@@ -112,3 +127,8 @@ def hardest_sets(size: int, score: str, count: int = 4) -> list[ForgetSet]:
 def apart(experiment: Experiment) -> ForgetSet:
     """Return the set on which settings are searched; no figure uses it."""
     return ForgetSet("apart", experiment.set_size, 0, experiment.num_sets)
+
+
+def attacked_and_control(size: int) -> tuple[ForgetSet, ForgetSet]:
+    """Return a forget set and equally hard examples that are retained, for attacks."""
+    return ForgetSet("classes", size, 0, 2), ForgetSet("classes", size, 1, 2)

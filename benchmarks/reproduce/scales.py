@@ -32,6 +32,8 @@ class Scale:
         grouped: The training with noise of these studies; None: a small one on digits.
         methods: Names of the methods in the figure of all methods; empty: every one.
         own_methods: ``MODULE:NAME`` of further methods in that figure.
+        attacked: Examples in the forget set of the figure of attacks; 0: without it.
+        shadows: Models on each side of these attacks.
     """
 
     sgd: Experiment
@@ -46,6 +48,8 @@ class Scale:
     grouped: Experiment | None = later(None)
     methods: tuple[str, ...] = ()
     own_methods: tuple[str, ...] = later(())
+    attacked: int = later(0)
+    shadows: int = later(0)
 
 
 def _cpu(dataset: str, model: str = "strided-cnn") -> Experiment:
@@ -158,6 +162,8 @@ SCALES = {
             for seed in range(2)
         ),
         methods=("fine-tune", "Langevin", "L1-sparse"),
+        attacked=60,
+        shadows=6,
     ),
     "cpu": Scale(
         sgd=_cpu("fashion-mnist"),
@@ -170,6 +176,8 @@ SCALES = {
         rates=(0.05, 0.07, 0.09),
         poison_std=0.32**0.5,
         groups=tuple(group_bound.Settings(seed, num_sets=20) for seed in range(5)),
+        attacked=400,
+        shadows=32,
     ),
     "cpu-cifar10": Scale(
         sgd=CIFAR10,

@@ -10,12 +10,14 @@
 | ``typicality`` | 9 |
 | ``private_models``, ``rank_stability`` | private; ranks, literal |
 | ``learning_rates``, ``methods``, ``predicted_times`` | rates; methods; predicted |
+| ``attacks`` | attack |
 
 Each file starts with claim, data, seeds and settings, and ends with its ``FIGURES``.
 ``figure`` says what a figure is, and ``verdicts`` decides about claims.
 """
 
 from benchmarks.reproduce.figures import (
+    attacks,
     bounds,
     difficulty_scores,
     learning_rates,
@@ -42,6 +44,7 @@ _MODULES = (
     learning_rates,
     methods,
     predicted_times,
+    attacks,
 )
 _FOUND = [figure for module in _MODULES for figure in module.FIGURES]
 _PAPER = sorted((f for f in _FOUND if f.name[:3] == "fig"), key=lambda f: f.name)
