@@ -6,6 +6,7 @@ them, as CUDA requires. The kernels of different processes alternate unless NVID
 daemon runs.
 """
 
+import json
 import math
 import multiprocessing
 import os
@@ -54,18 +55,28 @@ def run_all(
 
 
 def stages(units: Iterable[Unit]) -> list[list[Unit]]:
-    """Return units and their needs, once each; a stage needs only earlier stages."""
-    level: dict[Unit, int] = {}
+    """Return units and their needs, once each; a stage needs only earlier stages.
+
+    Units with the same facts are one job, even if their experiments differ in a field
+    that does not affect the result, such as the number of oracles for a training.
+    """
+    level: dict[str, tuple[Unit, int]] = {}
+    keys: dict[Unit, str] = {}
 
     def place(unit: Unit) -> int:
-        if unit not in level:
-            level[unit] = 1 + max(map(place, unit.needs()), default=-1)
-        return level[unit]
+        if unit not in keys:
+            facts = [unit.kind(), unit.facts()]
+            keys[unit] = json.dumps(facts, sort_keys=True)
+        key = keys[unit]
+        if key not in level:
+            level[key] = unit, 1 + max(map(place, unit.needs()), default=-1)
+        return level[key][1]
 
     for unit in units:
         place(unit)
-    found: list[list[Unit]] = [[] for _ in range(1 + max(level.values(), default=-1))]
-    for unit, stage in level.items():
+    last = max((stage for _, stage in level.values()), default=-1)
+    found: list[list[Unit]] = [[] for _ in range(1 + last)]
+    for unit, stage in level.values():
         found[stage].append(unit)
     return found
 
