@@ -1,6 +1,7 @@
 """Judge the numbers of a figure, and write its JSON, picture and table."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def verdict_on(figure: Figure, result: Any, scale: dict[str, Any]) -> Verdict:
         return found
     if scale["sgd"]["num_seeds"] < FEWEST_SEEDS:
         few = f"fewer than {FEWEST_SEEDS} seeds; {found.reason}".removesuffix("; ")
-        return Verdict(NOT_TESTABLE, few, found.parts)
+        return replace(found, verdict=NOT_TESTABLE, reason=few)
     return found
 
 
@@ -86,6 +87,6 @@ def text_of(content: Content) -> str:
     """Return claim, verdict and numbers of a figure as text for the terminal."""
     verdict = Verdict.from_json(content)
     lines = [f"{content['figure']}: {verdict.verdict}", f"claim: {content['claim']}"]
-    if verdict.reason:
-        lines.append(f"found: {verdict.reason}")
+    if verdict.text:
+        lines.append(f"found: {verdict.text}")
     return "\n    ".join([*lines, *verdict.lines()])

@@ -67,12 +67,13 @@ def _judge_groups(result: Result) -> Verdict:
         np.array(result[name], dtype=np.float64) for name in ("b1", "coupled")
     )
     doubtful = np.logical_not(result["reliable"])
+    rises = rising(np.mean(result["mean_loss"], 0), coupled, "the coupled value")
     comparison = (
-        f"{rising(np.mean(result['mean_loss'], 0), coupled).reason}; {doubtful.sum()} "
-        f"of {doubtful.size} values are Monte Carlo means that are too low"
+        f"{rises.text}; {doubtful.sum()} of {doubtful.size} values are Monte Carlo "
+        "means that are too low"
     )
     logs = np.log(np.where(printed > 0, printed, np.nan))
-    found = alike(logs, float(np.log(FACTOR)), "natural logarithms of the bounds")
+    found = alike(logs, float(np.log(FACTOR)), "the natural logarithm of the bound")
     return with_remark(found, "coupled value, for comparison", comparison)
 
 
@@ -100,15 +101,12 @@ def _certified(scale: Scale, workspace: Workspace) -> Result:
 def _judge_certified(result: Result) -> Verdict:
     rows = result["rows"]
     fewer = all(r["steps"]["shifted"] < r["steps"]["Corollary 4.4"] for r in rows)
-    steps = ", ".join(
-        f"{row['steps']['shifted']} against {row['steps']['Corollary 4.4']}"
+    steps = "; ".join(
+        f"to forget {row['num_points']} takes {row['steps']['shifted']} steps, by "
+        f"Corollary 4.4 {row['steps']['Corollary 4.4']}"
         for row in rows
     )
-    sizes = ", ".join(str(row["num_points"]) for row in rows)
-    because = (
-        f"steps to forget {sizes} examples: {steps}; they follow from constants, so "
-        "there is nothing to test"
-    )
+    because = f"{steps}; this follows from constants, so there is nothing to test"
     return Verdict(HOLDS if fewer else DOES_NOT_HOLD, because)
 
 

@@ -33,7 +33,7 @@ from benchmarks.reproduce.judging.examples import (
     within_classes,
 )
 from benchmarks.reproduce.judging.order import FARTHER, SLOWER, cannot_compare
-from benchmarks.reproduce.judging.runs import SLOWNESS, Runs
+from benchmarks.reproduce.judging.runs import ACCOUNTS, SLOWNESS, Runs
 from benchmarks.reproduce.judging.verdicts import (
     NOT_TESTABLE,
     Verdict,
@@ -150,16 +150,17 @@ def _judge_hardest(result: Result) -> Verdict:
 def _harder(of_loss: Result, other: Result, metric: str) -> Verdict:
     """Compare gaps and speeds, if there was something to forget and it was."""
     pair = [Runs.of_panel(one, metric) for one in (of_loss, other)]
-    shared = f"{100 * other['overlap']:.0f} % of the examples are the same"
+    shared = f"both scores chose {100 * other['overlap']:.0f} % of the examples"
     reason = next(filter(None, map(cannot_compare, pair)), "")
     if reason:
         return Verdict(NOT_TESTABLE, f"{reason}; {shared}")
     gaps = [one.to_go[:, :, 0] for one in pair]
     accounts = zip(*(one.accounts() for one in pair), strict=True)
     speeds = [[one.slowness() for one in account] for account in accounts]
+    what = f"{SLOWNESS}: difference of the means"
     parts = {
-        FARTHER: groups_differ(*gaps, "gap before unlearning larger by"),
-        SLOWER: agreed(groups_differ(*one, f"{SLOWNESS}, larger by") for one in speeds),
+        FARTHER: groups_differ(*gaps, "gap before unlearning: difference of the means"),
+        SLOWER: agreed((groups_differ(*one, what) for one in speeds), ACCOUNTS),
     }
     return combined(parts, shared)
 

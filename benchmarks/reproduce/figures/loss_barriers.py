@@ -127,7 +127,9 @@ def _judge(result: Result) -> Verdict:
             )
             continue
         parts = {
-            "rises with the loss before": rising(result["mean_losses"], before),
+            "rises with the loss before": rising(
+                result["mean_losses"], before, "the barrier before unlearning"
+            ),
             "reduced on the harder half": _reduced(before, after),
             "then as between oracles": _comparable(after, baseline),
         }
@@ -143,7 +145,9 @@ def _harder(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _reduced(before: NDArray[np.float64], after: NDArray[np.float64]) -> Verdict:
     """Decide whether unlearning reduces the barrier on the harder sets."""
-    return larger(_harder(before), _harder(after), "reduced by")
+    return larger(
+        _harder(before), _harder(after), "share by which the barrier is reduced"
+    )
 
 
 def _comparable(after: NDArray[np.float64], baseline: NDArray[np.float64]) -> Verdict:

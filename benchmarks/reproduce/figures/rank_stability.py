@@ -141,8 +141,8 @@ def agreement(trainings: list, classes: list, names: list[str]) -> Verdict:
     i, j = np.unravel_index(mean.argmin(), mean.shape)
     some = Correlations(of_trainings[:, i, j], of_classes[:, i, j])
     found = above(some, AGREE, 4, among=len(names) * (len(names) - 1) // 2)
-    pair = f"Spearman of the pair that agrees least, {names[i]} and {names[j]}"
-    return replace(found, reason=f"{pair}: {found.reason}")
+    pair = f"the pair of noises that agrees least is {names[i]} and {names[j]}"
+    return replace(found, remarks=(pair, *found.remarks))
 
 
 def _draw(result: Result) -> Picture:

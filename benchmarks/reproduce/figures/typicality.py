@@ -127,13 +127,12 @@ def _pictures(scale: Scale, workspace: Workspace) -> Result:
 def _judge_pictures(result: Result) -> Verdict:
     found = above(_within(result), CORRELATED, 2)
     share = {k: f"{100 * v:.0f} %" for k, v in result["of_another_label"].items()}
-    because = (
+    labels = (
         f"of the {result['neighbours']} nearest training images "
         f"{share['highest loss']} have another label in the hardest set, "
-        f"{share['lowest loss']} in the easiest, {share['all']} overall; Spearman with "
-        f"the privacy loss {found.reason}"
+        f"{share['lowest loss']} in the easiest, {share['all']} overall"
     )
-    return replace(found, reason=because)
+    return replace(found, remarks=(labels, *found.remarks))
 
 
 def _within(result: Result) -> Correlations:

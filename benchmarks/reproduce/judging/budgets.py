@@ -13,6 +13,7 @@ it, but also confirm a gain that is turned around by sets that are rare and far 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.reproduce.judging.effects import Effect
 from benchmarks.reproduce.judging.order import (
     idle,
     overshot_or_damaged,
@@ -24,7 +25,6 @@ from benchmarks.reproduce.judging.verdicts import (
     DESCRIBED,
     NOT_TESTABLE,
     Verdict,
-    text_of,
 )
 from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.unlearning.plan import predict_time
@@ -106,6 +106,12 @@ def judge_gain(runs: Runs) -> Verdict:
     found = mean_interval(gains(some, times).mean(0))
     return Verdict(
         DESCRIBED,
-        f"a mean gain over {judged.sum()} sets is too small to be tested; gap left by "
-        f"a fixed budget minus that of budgets from the loss: {text_of(found)}",
+        f"a mean gain over {judged.sum()} sets is too small to be tested",
+        effect=Effect(
+            "gap left by a fixed budget minus that left by budgets from the loss",
+            *found,
+            units=f"{judged.sum()} sets",
+            trainings=len(times),
+            digits=3,
+        ),
     )

@@ -23,6 +23,7 @@ from benchmarks.reproduce.judging.verdicts import (
 )
 
 MOST_OF = 2 / 3  # share of the choices that must agree
+_CHOICES = "choices of the training and the oracle that select the sets"
 
 
 def choices(*runs: Runs) -> Iterator[tuple[Runs, ...]]:
@@ -65,17 +66,25 @@ def by_every_choice(judge: Callable[..., Verdict], *runs: Runs) -> Verdict:
     kinds = [one.verdict for one in found]
     shown = max(dict.fromkeys(kinds), key=kinds.count)
     agree = kinds.count(shown)
-    number = f"{agree} of {len(found)} choices of the sets agree"
-    texts = [one.reason for one in found if one.verdict == shown]
-    common = max(dict.fromkeys(texts), key=texts.count)
+    some = [one for one in found if one.verdict == shown]
+    texts = [one.text for one in some]
+    common = some[texts.index(max(texts, key=texts.count))]
     if agree < MOST_OF * len(found):
         counts = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
         testable = kinds.count(NOT_TESTABLE) <= len(found) / 2
         kind = UNDECIDED if testable else NOT_TESTABLE
-        return Verdict(kind, f"{common}; by choice of the sets: {counts}")
+        said = f"{_CHOICES} give different verdicts: {counts}"
+        return _said_of(common, kind, 1.0, said)
     p_against = 1.0
     if shown == NOT_BORNE_OUT:
         needed = int(np.ceil(MOST_OF * len(found)))
         p_against = sorted(one.p_against for one in found)[needed - 1]
     assert shown in (BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, NOT_TESTABLE)
-    return Verdict(shown, f"{common}; {number}", p_against=p_against)
+    said = f"{agree} of {len(found)} {_CHOICES} give this verdict"
+    return _said_of(common, shown, p_against, said)
+
+
+def _said_of(common: Verdict, kind: str, p_against: float, said: str) -> Verdict:
+    """Return the verdict of all choices, with the effect of the most common one."""
+    remarks = (*common.remarks, said)
+    return replace(common, verdict=kind, p_against=p_against, remarks=remarks)

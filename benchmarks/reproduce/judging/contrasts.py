@@ -13,6 +13,7 @@ two judges, of groups and of separations, have no such test. They take it that t
 that were drawn show how much sets differ.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations
 
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from benchmarks.reproduce.judging.effects import Effect
 from benchmarks.reproduce.judging.order import too_few_sets
 from benchmarks.reproduce.judging.verdicts import (
     LEVEL,
@@ -27,7 +29,6 @@ from benchmarks.reproduce.judging.verdicts import (
     Verdict,
     not_finite,
     of_tests,
-    text_of,
 )
 from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
 
@@ -65,7 +66,7 @@ def larger(first: ArrayLike, second: ArrayLike, what: str) -> Verdict:
     Args:
         first: Values that are not negative, ``(seeds, sets)``.
         second: The values to compare with.
-        what: What the difference is, for the text.
+        what: The name of the difference, which is a share of the larger value.
     """
     one, two = (np.asarray(v, dtype=np.float64) for v in (first, second))
     reason = _unusable(one) or _unusable(two)
@@ -78,12 +79,10 @@ def larger(first: ArrayLike, second: ArrayLike, what: str) -> Verdict:
     )
     over_sets = betting(relative), betting(-relative)
     over_trainings = student(one.mean(1) - two.mean(1))
-    text = (
-        f"{means[0].mean():.3f} against {means[1].mean():.3f}; {what} "
-        f"{text_of(mean_interval(relative), 2)} of the larger value (Student's "
-        "interval, which is not the test)"
-    )
-    return _verdict(over_sets, over_trainings, text, f"{len(top)} sets", len(one))
+    interval = mean_interval(relative)
+    effect = Effect(what, *interval, units=f"{len(top)} sets", trainings=len(one))
+    remark = f"the means are {means[0].mean():.3f} and {means[1].mean():.3f}"
+    return _verdict(over_sets, over_trainings, effect, remark)
 
 
 def groups_differ(first: ArrayLike, second: ArrayLike, what: str) -> Verdict:
@@ -96,7 +95,7 @@ def groups_differ(first: ArrayLike, second: ArrayLike, what: str) -> Verdict:
     Args:
         first: Values of the group that is claimed to be larger, ``(seeds, sets)``.
         second: Values of the other group.
-        what: What the difference is, for the text.
+        what: The name of the difference.
     """
     one, two = (np.asarray(v, dtype=np.float64) for v in (first, second))
     reason = _unusable(one, FEWEST_OF_GROUP) or _unusable(two, FEWEST_OF_GROUP)
@@ -105,9 +104,14 @@ def groups_differ(first: ArrayLike, second: ArrayLike, what: str) -> Verdict:
     means = one.mean(0), two.mean(0)
     over_sets = _both(_permuted(*means), _welch_test(*means))
     over_trainings = student(one.mean(1) - two.mean(1))
-    text = f"{what} {text_of(_welch(*means))} (Welch's interval)"
-    sizes = f"{len(means[0])} against {len(means[1])} sets"
-    return _verdict(over_sets, over_trainings, text, sizes, len(one))
+    effect = Effect(
+        what,
+        *_welch(*means),
+        units=f"{len(means[0])} against {len(means[1])} sets",
+        trainings=len(one),
+        digits=3,
+    )
+    return _verdict(over_sets, over_trainings, effect)
 
 
 def shrinks(small: ArrayLike, large: ArrayLike, what: str) -> Verdict:
@@ -120,7 +124,7 @@ def shrinks(small: ArrayLike, large: ArrayLike, what: str) -> Verdict:
     Args:
         small: Values for small sets, ``(seeds, sets)``, easiest first.
         large: Values for large sets.
-        what: What the values are, for the text.
+        what: The name of the values.
     """
     both = [np.asarray(v, dtype=np.float64) for v in (small, large)]
     reason = next(
@@ -138,17 +142,23 @@ def shrinks(small: ArrayLike, large: ArrayLike, what: str) -> Verdict:
     error = np.sqrt(variances.sum())
     p = float(stats.t.sf((first - second) / error, freedom))
     half = float(stats.t.isf(LEVEL, freedom) * error)
-    found = ConfidenceInterval(
-        first - second, first - second - half, first - second + half
-    )
-    text = (
-        f"{what}, harder minus easier half: {first:.3f} for the smallest sets, "
-        f"{second:.3f} for the largest; shrinks by {text_of(found)}"
-    )
+    shrunk = first - second
     separations = [np.subtract(*(h.mean(1) for h in halves(v))) for v in both]
     over_trainings = student(separations[0] - separations[1])
-    sizes = f"{both[0].shape[1]} and {both[1].shape[1]} sets"
-    return _verdict((p, 1 - p), over_trainings, text, sizes, len(both[0]))
+    effect = Effect(
+        f"separation of hard from easy sets by {what}: smallest minus largest sets",
+        shrunk,
+        shrunk - half,
+        shrunk + half,
+        units=f"{both[0].shape[1]} and {both[1].shape[1]} sets",
+        trainings=len(both[0]),
+        digits=3,
+    )
+    remark = (
+        f"the harder half minus the easier half is {first:.3f} for the smallest sets "
+        f"and {second:.3f} for the largest"
+    )
+    return _verdict((p, 1 - p), over_trainings, effect, remark)
 
 
 def halves(values: Floats) -> tuple[Floats, Floats]:
@@ -186,19 +196,18 @@ def _unusable(values: Floats, fewest: int = 0) -> str:
 def _verdict(
     over_sets: tuple[float, float],
     over_trainings: tuple[float, float],
-    text: str,
-    sets: str,
-    trainings: int,
+    effect: Effect,
+    *remarks: str,
 ) -> Verdict:
     """Return the verdict of both tests, each given as p-values of above and below."""
-    above, below = _both(over_sets, over_trainings)
     side = int(over_sets[0] > over_sets[1])
-    name = ("more", "less")[side]
-    text += (
-        f"; one-sided p of {name} = {over_sets[side]:.4f} over {sets}, "
-        f"{over_trainings[side]:.4f} over {trainings} trainings"
+    shown = replace(
+        effect,
+        p=over_sets[side],
+        p_trainings=over_trainings[side],
+        side=("above", "below")[side],
     )
-    return of_tests(above, below, text)
+    return of_tests(*_both(over_sets, over_trainings), shown, *remarks)
 
 
 def _permuted(one: Floats, two: Floats) -> tuple[float, float]:

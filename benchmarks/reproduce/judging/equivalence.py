@@ -14,12 +14,14 @@ varies is the training. It is also about the trainings that were run: a failure 
 happens in one training of ten is often not among five of them.
 """
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from benchmarks.reproduce.judging.effects import Effect
 from benchmarks.reproduce.judging.order import too_few_sets
 from benchmarks.reproduce.judging.verdicts import (
     BORNE_OUT,
@@ -56,12 +58,15 @@ def alike(values: ArrayLike, limit: float, what: str) -> Verdict:
     largest = float((middle + stats.t.isf(LEVEL, freedom) * error).max())
     p_beyond = _beyond(middle - limit, error, freedom).min() * len(middle)
     means = of_sets.mean(0)
-    text = (
-        f"{what} of the sets from {means.min():.3f} to {means.max():.3f}; in trainings "
-        f"like these any two sets differ by at most {largest:.3f} (97.5 % one-sided "
-        f"limit), margin {limit:.3f}, {_counted(of_sets)}"
+    effect = _effect(
+        f"largest difference of two sets in {what}",
+        middle.max(),
+        largest,
+        limit,
+        of_sets,
     )
-    return _verdict(largest < limit, float(p_beyond), text)
+    remark = f"the sets lie between {means.min():.3f} and {means.max():.3f}"
+    return _verdict(largest < limit, float(p_beyond), effect, remark)
 
 
 def at_most(
@@ -98,12 +103,13 @@ def at_most(
         _beyond(own, error, freedom),
         _beyond(all_sets, np.sqrt(of_runs + of_all), min(seeds, len(pairs)) - 1),
     )
-    text = (
-        f"{what} {of_sets.mean():.3f} against {pairs.mean():.3f}; on the worst set at "
-        f"most {largest:+.3f} (97.5 % one-sided limit) beyond {factor:g} times its "
-        f"baseline, {_counted(of_sets)}"
+    name = f"{what} beyond {factor:g} times the baseline, on the worst set"
+    effect = _effect(name, own.max(), largest, 0.0, of_sets)
+    remark = (
+        f"the mean {what} is {of_sets.mean():.3f}, and {pairs.mean():.3f} for the "
+        "baseline"
     )
-    return _verdict(largest < 0, float(p_beyond.min() * len(own)), text)
+    return _verdict(largest < 0, float(p_beyond.min() * len(own)), effect, remark)
 
 
 def _unusable(values: Floats) -> str:
@@ -114,8 +120,21 @@ def _unusable(values: Floats) -> str:
     return too_few_sets(sets) or not_finite({"value of a set": values})
 
 
-def _counted(values: Floats) -> str:
-    return f"{values.shape[1]} sets, {values.shape[0]} trainings"
+def _effect(
+    name: str, worst: float, most: float, limit: float, values: Floats
+) -> Effect:
+    """Return the largest excess with its one-sided limit; values ``(seeds, sets)``."""
+    trainings, sets = values.shape
+    return Effect(
+        name,
+        float(worst),
+        None,
+        most,
+        limit,
+        units=f"{sets} sets",
+        trainings=trainings,
+        digits=3,
+    )
 
 
 def _beyond(excess: Floats, error: Floats, freedom: float) -> Floats:
@@ -125,9 +144,10 @@ def _beyond(excess: Floats, error: Floats, freedom: float) -> Floats:
     return np.asarray(np.where(error > 0, p, excess <= 0), dtype=np.float64)
 
 
-def _verdict(within: bool, p_beyond: float, text: str) -> Verdict:
+def _verdict(within: bool, p_beyond: float, effect: Effect, remark: str) -> Verdict:
+    found = Verdict(UNDECIDED, effect=effect, remarks=(remark,))
     if within:
-        return Verdict(BORNE_OUT, text)
+        return replace(found, verdict=BORNE_OUT)
     if p_beyond <= LEVEL:
-        return Verdict(NOT_BORNE_OUT, text, p_against=p_beyond)
-    return Verdict(UNDECIDED, text)
+        return replace(found, verdict=NOT_BORNE_OUT, p_against=p_beyond)
+    return found

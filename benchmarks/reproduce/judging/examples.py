@@ -18,19 +18,19 @@ out: with two or three, the rank correlation is often exactly 1.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from benchmarks.reproduce.judging.effects import Effect
 from benchmarks.reproduce.judging.verdicts import (
     LEVEL,
     NOT_TESTABLE,
     Verdict,
     not_finite,
     of_tests,
-    text_of,
 )
 from opacus_pi.evaluation.intervals import ConfidenceInterval
 
@@ -76,14 +76,6 @@ class Correlations:
                 "correlations of trainings": self.of_trainings,
                 "correlations within classes": self.of_classes,
             }
-        )
-
-    def text(self) -> str:
-        """Return the number of classes, the lowest, and that over all examples."""
-        return (
-            f"{len(self.of_classes)} classes of at least {FEWEST_EXAMPLES} examples, "
-            f"the lowest {self.of_classes.min():.3f}; over all examples "
-            f"{self.of_trainings.mean():.3f}, {len(self.of_trainings)} trainings"
         )
 
 
@@ -178,11 +170,15 @@ def above(
     reason = found.unusable()
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    inside = correlation(found)
-    text = f"{text_of(inside, digits)} against {least:g} within {found.text()}"
     plain = _mean(found.of_classes, found.of_trainings)
     p_above, p_below = _tests(_by_artanh(found), plain, least)
-    return of_tests(p_above, among * p_below, text)
+    tests = p_above, among * p_below
+    effect = _effect("correlation within classes", correlation(found), tests, found)
+    remark = (
+        f"the lowest correlation of a class is {found.of_classes.min():.3f}; over all "
+        f"examples it is {found.of_trainings.mean():.3f}"
+    )
+    return of_tests(*tests, replace(effect, limit=least, digits=digits), remark)
 
 
 def ahead(found: Correlations, other: Correlations) -> Verdict:
@@ -198,7 +194,24 @@ def ahead(found: Correlations, other: Correlations) -> Verdict:
     )
     half = lead[1](LEVEL)
     interval = ConfidenceInterval(lead[0], lead[0] - half, lead[0] + half)
-    return of_tests(
-        *_tests(lead, plain, 0.0),
-        f"by {text_of(interval)} (of artanh) within {found.text()}",
+    tests = _tests(lead, plain, 0.0)
+    return of_tests(*tests, _effect("lead, of the artanh", interval, tests, found))
+
+
+def _effect(
+    name: str,
+    interval: ConfidenceInterval,
+    tests: tuple[float, float],
+    found: Correlations,
+) -> Effect:
+    """Return an effect with the smaller p-value of above and below."""
+    side = int(tests[0] > tests[1])
+    return Effect(
+        name,
+        *interval,
+        p=min(1.0, tests[side]),
+        side=("above", "below")[side],
+        units=f"{len(found.of_classes)} classes",
+        trainings=len(found.of_trainings),
+        digits=3,
     )

@@ -38,8 +38,7 @@ the claim is *not testable yet*, with the reason.
 
 **Verdict.** By the test of ``ranks``, over sets and trainings. The claim is that the
 correlation is above 0. Borne out if chance correlates as highly in at most 2.5 %, not
-borne out if it correlates as lowly in at most 2.5 %, else undecided. A correlation that
-is surely below 0.5 is called weak, which changes no verdict.
+borne out if it correlates as lowly in at most 2.5 %, else undecided.
 """
 
 from typing import Any
@@ -49,7 +48,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from benchmarks.reproduce.judging.choices import by_every_choice
 from benchmarks.reproduce.judging.ranks import RankTest, rank_test, student_quantile
-from benchmarks.reproduce.judging.runs import MOST_LOST, MOST_MOVED, Runs
+from benchmarks.reproduce.judging.runs import ACCOUNTS, MOST_LOST, MOST_MOVED, Runs
 from benchmarks.reproduce.judging.verdicts import (
     NOT_TESTABLE,
     Verdict,
@@ -67,8 +66,8 @@ FEWEST_ORACLES = 3
 FEWEST_EPOCHS = 8
 LEAST_CLOSED = 0.2  # share of the gap from which on something was unlearned
 MOST_AT_ONCE = 0.5  # share of the gap that the first epoch may close
-WEAK = 0.5  # a correlation that is surely below is called weak
 FARTHER, SLOWER = "farther", "slower"
+_REMAINED = "the share of the gap that remained on average over the run"
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -86,7 +85,7 @@ def judge_farther(runs: Runs) -> Verdict:
     if reason:
         return Verdict(NOT_TESTABLE, reason)
     found = rank_test(runs.difficulty, runs.to_go[:, :, 0])
-    return verdict_of(found, "gap before unlearning: ")
+    return verdict_of(found, "the gap before unlearning")
 
 
 def judge_slower(runs: Runs) -> Verdict:
@@ -103,11 +102,9 @@ def slower_by_first(runs: Runs) -> Verdict:
     reason = speeds_unusable(runs, judged)
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    difficulty, what = runs.difficulty[judged], "share of the gap that remained: "
-    return agreed(
-        verdict_of(rank_test(difficulty, one), what)
-        for one in slowness_of(runs, judged)
-    )
+    difficulty = runs.difficulty[judged]
+    found = (rank_test(difficulty, one) for one in slowness_of(runs, judged))
+    return agreed((verdict_of(one, _REMAINED) for one in found), ACCOUNTS)
 
 
 def slowness_of(runs: Runs, judged: Bools) -> list[Floats]:
@@ -128,15 +125,15 @@ def speeds_unusable(runs: Runs, judged: Bools) -> str:
     return reason or overshot_or_damaged(runs.only(judged))
 
 
-def verdict_of(found: RankTest, what: str = "") -> Verdict:
+def verdict_of(found: RankTest, what: str) -> Verdict:
     """Return the verdict on "rises with difficulty".
 
     Args:
         found: The correlation.
-        what: What it is of, for the text.
+        what: What difficulty is correlated with, as a noun phrase.
     """
-    weak = f"; surely below {WEAK:g}, so weak at most" if found.high < WEAK else ""
-    return of_tests(found.p_rising, found.p_falling, f"{what}{found.text()}{weak}")
+    effect = found.effect(f"correlation of difficulty with {what}")
+    return of_tests(found.p_rising, found.p_falling, effect)
 
 
 def too_few_sets(number: int) -> str:
@@ -149,15 +146,20 @@ def too_few_sets(number: int) -> str:
     )
 
 
-def rising(difficulty: ArrayLike, values: ArrayLike) -> Verdict:
-    """Decide whether values, ``(trainings, sets)``, rise with the difficulty."""
+def rising(
+    difficulty: ArrayLike, values: ArrayLike, what: str = "the values"
+) -> Verdict:
+    """Decide whether values, ``(trainings, sets)``, rise with the difficulty.
+
+    ``what`` names the values.
+    """
     x, rows = np.asarray(difficulty, np.float64), np.asarray(values, np.float64)
     if not (np.isfinite(x).all() and np.isfinite(rows).all()):
         return Verdict(NOT_TESTABLE, "some values are NaN or infinite")
     reason = too_few_sets(len(x)) or _too_few("trainings", len(rows), FEWEST_TRAININGS)
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    return verdict_of(rank_test(x, rows))
+    return verdict_of(rank_test(x, rows), what)
 
 
 def judge_panel(panel: dict[str, Any]) -> Verdict:
@@ -348,9 +350,19 @@ def described(runs: Runs) -> str:
     share = {k: f"{100 * v:.0f} %" for k, v in arrivals(runs, judged).items()}
     to_go = runs.only(judged).to_go.mean((0, 1))
     return (
-        f"on the {judged.sum()} sets with something to forget, {share['first']} came "
-        f"within five points, {share['there']} ended there, {share['kept']} ended "
-        f"there at kept accuracy, {share['overshot']} overshot; gap {to_go[0]:.3f} "
-        f"before, {to_go[-1]:.3f} after; test accuracy "
-        f"{100 * runs.lost[:, judged].mean():.1f} points below the oracles'"
+        f"of the runs on the {judged.sum()} sets with something to forget, "
+        f"{share['first']} came within five points of the oracles at some epoch, "
+        f"{share['there']} ended there, {share['kept']} ended there at kept test "
+        f"accuracy, and {share['overshot']} ended more than five points beyond; the "
+        f"mean gap went from {to_go[0]:.3f} to {to_go[-1]:.3f}; test accuracy ended "
+        f"{beside_oracles(runs.lost[:, judged].mean())}"
+    )
+
+
+def beside_oracles(lost: float) -> str:
+    """Return in words by how much test accuracy is below or above the oracles'."""
+    points = f"{100 * abs(lost):.1f}"
+    side = "below" if lost > 0 else "above"
+    return (
+        f"{points} points {side} the oracles'" if float(points) else "as the oracles'"
     )

@@ -24,8 +24,10 @@ It is then widened by the differences between trainings. It lies in [-1, 1], and
 width is never 0: a perfect order of eight sets is also seen if the correlation is high
 but not perfect.
 
->>> rank_test([1, 2, 3, 4, 5, 6, 7, 8], [[1, 2, 3, 5, 4, 6, 7, 8]] * 3).text()
-'Spearman 0.98, 95 % [0.73, 1.00], p of rising = 0.0002, 8 sets, 3 trainings'
+>>> rank_test([1, 2, 3, 4, 5, 6, 7, 8], [[1, 2, 3, 5, 4, 6, 7, 8]] * 3).effect(
+...     "ρ"
+... ).text()
+'ρ: 0.98 [0.73, 1.00]; one-sided p above 0: 0.0002; 8 sets, 3 trainings'
 """
 
 from functools import lru_cache
@@ -35,6 +37,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+
+from benchmarks.reproduce.judging.effects import Effect
 
 Floats = NDArray[np.float64]
 _EXACT = 8  # sets up to which all orders are counted
@@ -66,16 +70,19 @@ class RankTest(NamedTuple):
     num_sets: int
     num_trainings: int
 
-    def text(self) -> str:
-        """Return correlation, interval, p-value and numbers as text."""
+    def effect(self, name: str) -> Effect:
+        """Return correlation, interval, smaller p-value and numbers."""
         rises = self.p_rising <= self.p_falling
-        p, side = (self.p_rising, "rising") if rises else (self.p_falling, "falling")
-        shown = f"= {p:.4f}" if p >= 1e-4 else "< 0.0001"
-        digits = 2 if self.high - self.low > 0.02 else 4
-        low, high = (f"{end:.{digits}f}" for end in (self.low, self.high))
-        return (
-            f"Spearman {self.rho:.2f}, 95 % [{low}, {high}], p of {side} {shown}, "
-            f"{self.num_sets} sets, {self.num_trainings} trainings"
+        return Effect(
+            name,
+            self.rho,
+            self.low,
+            self.high,
+            p=self.p_rising if rises else self.p_falling,
+            side="above" if rises else "below",
+            units=f"{self.num_sets} sets",
+            trainings=self.num_trainings,
+            digits=2 if self.high - self.low > 0.02 else 4,
         )
 
 

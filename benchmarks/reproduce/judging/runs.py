@@ -34,6 +34,11 @@ LEAST_GAP = 0.05  # gap before unlearning from which on there is something to fo
 MOST_LOST = 0.05  # test accuracy that a run may cost
 MOST_MOVED = 0.05  # mean movement of the metric on retained images
 SLOWNESS = "share of the gap that remained, as an angle"
+ACCOUNTS = (  # what ``Runs.accounts`` assumes, in this order
+    "if forgotten images share the movement of retained images",
+    "if they do not share it",
+    "if they gain as many errors as test images",
+)
 _METRIC = "gap"
 
 Floats = NDArray[np.float64]

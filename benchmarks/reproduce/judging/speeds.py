@@ -3,6 +3,8 @@
 Every training and every oracle chooses these sets in turn, as for *slower*.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,7 @@ from benchmarks.reproduce.judging.order import (
     slowness_of,
     speeds_unusable,
 )
-from benchmarks.reproduce.judging.runs import SLOWNESS, Runs
+from benchmarks.reproduce.judging.runs import ACCOUNTS, SLOWNESS, Runs
 from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict, agreed
 
 Floats = NDArray[np.float64]
@@ -41,7 +43,7 @@ def _hardest_by_first(runs: Runs) -> Verdict:
     reason = speeds_unusable(runs, judged)
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    return agreed(_hardest_of(one) for one in slowness_of(runs, judged))
+    return agreed(map(_hardest_of, slowness_of(runs, judged)), ACCOUNTS)
 
 
 def _hardest_of(scores: Floats) -> Verdict:
@@ -49,11 +51,11 @@ def _hardest_of(scores: Floats) -> Verdict:
     number = max(4, scores.shape[1] // 4)
     assert scores.shape[1] >= FEWEST_SETS >= 2 * 4
     hardest, others = scores[:, -number:], scores[:, :-number]
-    found = groups_differ(hardest, others, f"{SLOWNESS}, hardest minus others")
+    found = groups_differ(hardest, others, f"{SLOWNESS}: hardest quarter minus others")
     quarters = np.array_split(scores.mean(0), 4)
     means = ", ".join(f"{one.mean():.2f}" for one in quarters)
-    text = f"{found.reason}; from the easiest to the hardest quarter {means}"
-    return Verdict(found.verdict, text, p_against=found.p_against)
+    text = f"from the easiest to the hardest quarter the means are {means}"
+    return replace(found, remarks=(*found.remarks, text))
 
 
 def judge_shrinking(small: Runs, large: Runs) -> Verdict:
@@ -82,7 +84,7 @@ def _shrinking_by_first(small: Runs, large: Runs) -> Verdict:
         if reason:
             return Verdict(NOT_TESTABLE, f"positions of both sizes: {reason}")
     pairs = zip(*(slowness_of(one, judged) for one in both), strict=True)
-    return agreed(shrinks(*pair, SLOWNESS) for pair in pairs)
+    return agreed((shrinks(*pair, SLOWNESS) for pair in pairs), ACCOUNTS)
 
 
 def judge_approach(runs: Runs) -> Verdict:
@@ -103,10 +105,10 @@ def _approach_by_first(runs: Runs) -> Verdict:
     reason = moved_too_much(measured) or overshot_or_damaged(runs.only(judged))
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    return agreed(_closer(one) for one in measured.accounts())
+    return agreed(map(_closer, measured.accounts()), ACCOUNTS)
 
 
 def _closer(runs: Runs) -> Verdict:
     """Decide whether the gaps are smaller after the run than before it."""
     before, after = (np.abs(runs.to_go[:, :, when]) for when in (0, -1))
-    return larger(before, after, "gap before against after the run; closer by")
+    return larger(before, after, "share of the gap before the run that was closed")

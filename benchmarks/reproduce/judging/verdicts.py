@@ -1,4 +1,4 @@
-"""Verdicts on the paper's claims, and the numbers that they quote, as text.
+"""Verdicts on the paper's claims, with the effects that were measured.
 
 A claim is *borne out* or *not borne out* if a test with a small error probability says
 so. It is *undecided* if the test was made and both answers remain possible, and *not
@@ -12,14 +12,15 @@ nothing in it is random, so no test applies. It is *computed*, and holds or does
 A claim of which no test has any power is *described, not judged*.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
+from benchmarks.reproduce.judging.effects import Effect
+from opacus_pi.evaluation.intervals import ConfidenceInterval
 
 BORNE_OUT = "borne out"
 NOT_BORNE_OUT = "not borne out"
@@ -40,16 +41,21 @@ class Verdict:
         verdict: ``BORNE_OUT``, ``NOT_BORNE_OUT``, ``UNDECIDED`` or ``NOT_TESTABLE``;
             ``HOLDS`` or ``DOES_NOT_HOLD`` if it was computed; ``DESCRIBED`` if no test
             has any power; empty for a remark, which does not count.
-        reason: The numbers behind it, in one sentence.
+        reason: Why nothing was measured, or what combines the parts; empty if the
+            effect says it.
         parts: The verdicts on the parts of the claim, by name.
         p_against: One-sided p-value of the test that the claim is false, if it is not
             borne out.
+        effect: What was measured, if it was.
+        remarks: Further sentences on the measurement.
     """
 
     verdict: str
     reason: str = ""
     parts: dict[str, "Verdict"] = field(default_factory=dict)
     p_against: float = field(default=1.0, compare=False)
+    effect: Effect | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def judged(self) -> list["Verdict"]:
@@ -58,27 +64,43 @@ class Verdict:
         return [leaf for one in parts for leaf in one.judged] if parts else [self]
 
     @property
+    def text(self) -> str:
+        """Reason, effect and remarks, without those of the parts, in one line."""
+        effect = self.effect.text() if self.effect else ""
+        return "; ".join(filter(None, (self.reason, effect, *self.remarks)))
+
+    @property
     def because(self) -> str:
-        """The reason and those of all parts, in one line."""
+        """The text and those of all parts, in one line."""
         parts = (
             f"{name}: {one.verdict} ({one.because})"
             if one.verdict
             else f"{name}: {one.because}"
             for name, one in self.parts.items()
         )
-        return "; ".join(text for text in (self.reason, *parts) if text)
+        return "; ".join(text for text in (self.text, *parts) if text)
+
+    def walk(self, path: tuple[str, ...] = ()) -> Iterator[tuple[str, "Verdict"]]:
+        """Yield this verdict and its parts, with their names; its own is empty."""
+        yield ", ".join(path), self
+        for name, one in self.parts.items():
+            yield from one.walk((*path, name))
 
     def lines(self) -> list[str]:
         """Return the parts as a nested list in Markdown, an item per line."""
         found = []
         for name, one in self.parts.items():
-            found.append(f"- **{name}**: {sentences(one.verdict, one.reason)}")
+            found.append(f"- **{name}**: {sentences(one.verdict, one.text)}")
             found += [f"    {line}" for line in one.lines()]
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Return verdict, reason and parts as JSON."""
+        """Return verdict, reason, effect, remarks and parts as JSON."""
         found: dict[str, Any] = {"verdict": self.verdict, "because": self.reason}
+        if self.effect:
+            found["effect"] = self.effect.to_json()
+        if self.remarks:
+            found["remarks"] = list(self.remarks)
         if self.parts:
             found["parts"] = {name: one.to_json() for name, one in self.parts.items()}
         return found
@@ -87,10 +109,13 @@ class Verdict:
     def from_json(content: dict[str, Any]) -> "Verdict":
         """Return what ``to_json`` stored; other entries are ignored."""
         parts = content.get("parts", {}).items()
+        effect = content.get("effect")
         return Verdict(
             content["verdict"],
             content["because"],
             {name: Verdict.from_json(one) for name, one in parts},
+            effect=Effect(**effect) if effect else None,
+            remarks=tuple(content.get("remarks", ())),
         )
 
 
@@ -131,66 +156,47 @@ def text_of(found: ConfidenceInterval, digits: int = 3) -> str:
     return f"{middle} [{low}, {high}]"
 
 
-def epochs_text(times: np.ndarray, most: float) -> str:
-    """Return mean time and interval as text.
-
-    Args:
-        times: Epochs; ``inf`` is never.
-        most: Epochs of a run; used in place of never, whose number is given.
-    """
-    never = int(np.isinf(times).sum())
-    text = interval_text(np.minimum(times, most), 1)
-    return f"{text}, never ×{never}" if never else text
-
-
-def interval_text(values: np.ndarray, digits: int = 3) -> str:
-    """Return the mean and half the width of its 95 % interval, as text.
-
-    Args:
-        values: One value per seed.
-        digits: Decimal places; fewer if the half width needs fewer for two digits.
-    """
-    found = mean_interval(values)
-    if not np.isfinite(found.high):
-        return f"{found.estimate:.{digits}f}"
-    half = found.high - found.estimate
-    if half >= 1e-9:
-        digits = min(digits, max(0, 1 - int(np.floor(np.log10(half)))))
-    return f"{found.estimate:.{digits}f} ± {half:.{digits}f}"
-
-
-def of_tests(p_for: float, p_against: float, text: str) -> Verdict:
+def of_tests(p_for: float, p_against: float, effect: Effect, *remarks: str) -> Verdict:
     """Return the verdict of two one-sided tests.
 
     Args:
         p_for: p-value of the test that the claim is true.
         p_against: p-value of the test that it is false.
-        text: The numbers behind it.
+        effect: What was measured.
+        remarks: Further sentences on it.
     """
+    found = Verdict(UNDECIDED, effect=effect, remarks=remarks)
     if p_for <= LEVEL:
-        return Verdict(BORNE_OUT, text)
+        return replace(found, verdict=BORNE_OUT)
     if p_against <= LEVEL:
-        return Verdict(NOT_BORNE_OUT, text, p_against=p_against)
-    return Verdict(UNDECIDED, text)
+        return replace(found, verdict=NOT_BORNE_OUT, p_against=p_against)
+    return found
 
 
-def agreed(found: Iterable[Verdict]) -> Verdict:
+def agreed(found: Iterable[Verdict], cases: Sequence[str]) -> Verdict:
     """Return the verdict on which several measurements of one claim agree.
 
     Where two of them differ, the claim is undecided. The first measurement that decides
     nothing is the last one to be made.
 
     Args:
-        found: At least one verdict; the text of the first one is kept.
+        found: At least one verdict; the effect of the first one is kept.
+        cases: What each measurement assumes, for the text.
     """
     made: list[Verdict] = []
     for one in found:
         made.append(one)
         kinds = [each.verdict for each in made]
         if len(set(kinds)) > 1:
-            text = f"{made[0].reason}; by what forgotten images share: "
+            pairs = zip(cases, kinds, strict=False)
+            text = "; ".join(f"{case}, it is {kind}" for case, kind in pairs)
             kind = NOT_TESTABLE if NOT_TESTABLE in kinds else UNDECIDED
-            return Verdict(kind, text + ", ".join(kinds))
+            return replace(
+                made[0],
+                verdict=kind,
+                p_against=1.0,
+                remarks=(*made[0].remarks, text),
+            )
         if one.verdict not in (BORNE_OUT, NOT_BORNE_OUT):
             break
     return replace(made[0], p_against=max(one.p_against for one in made))
@@ -219,8 +225,8 @@ def combined(verdicts: dict[str, Verdict], reason: str = "") -> Verdict:
         return Verdict(NOT_BORNE_OUT, reason, verdicts, least)
     if NOT_BORNE_OUT in kinds:
         one = (
-            f"a part is not borne out for itself (p = {least:.4f}), but among "
-            f"{len(made)} parts chance finds one so often that this decides nothing"
+            f"one part alone is not borne out (p = {least:.4f}), but among {len(made)} "
+            "parts chance produces one so often that this decides nothing"
         )
         kind = NOT_TESTABLE if NOT_TESTABLE in kinds else UNDECIDED
         return Verdict(kind, "; ".join(filter(None, (reason, one))), verdicts)
