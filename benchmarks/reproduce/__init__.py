@@ -12,8 +12,9 @@ The flow, one file or folder each:
 5. ``figures``: which units a figure needs, its numbers, its picture.
 6. ``judging``: whether the numbers confirm the claim, and how often that errs.
 7. ``publication``: writes a figure's numbers, verdict, picture and table.
-8. ``page``: ``docs/results.md`` from stored numbers, without training anything;
-   ``earlier`` describes results that cannot be judged.
+8. ``page``: ``docs/results.md`` from stored numbers, without training anything, in
+   ``sections`` that are made of verdicts; ``earlier`` describes results that cannot be
+   judged. ``judges_page``: ``docs/judges.md``, how claims are judged.
 9. ``progress`` and ``journal``: what is left to do, and moving to another machine.
 
 Start reading at ``__main__``; ``python -m benchmarks.reproduce -h`` shows the options.

@@ -1,4 +1,4 @@
-"""What earlier runs show, read with the present rules.
+"""What earlier runs show, as tables.
 
 These runs had five forget sets, one per stratum. Most of them start at the oracles, and
 the results have first crossings of five points, without the path of the gap. So none
@@ -14,173 +14,122 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.report import markdown
-from benchmarks.reproduce.judging.order import FEWEST_SETS
+from benchmarks.reproduce.judging.order import FEWEST_SETS, beside_oracles
 from benchmarks.reproduce.judging.runs import LEAST_GAP
 from benchmarks.reproduce.judging.verdicts import DESCRIBED, NOT_TESTABLE, Verdict
 
-STRATA = ("first", "q1", "q2", "q3", "last")
+SETS = ("easiest set", "second", "third", "fourth", "hardest set")
 _METRICS = {"UA": "unlearning_accuracy", "MIA": "membership_inference"}
-_FEW = f"five forget sets; a test over sets needs at least {FEWEST_SETS}"
+_FEW = f"the earlier run has five forget sets, and a test needs at least {FEWEST_SETS}"
 _NO_POWER = "no test with 20 forget sets has any power, and the earlier run had five"
 Content = dict[str, Any]
 
 
-def described(folder: Path, name: str) -> Verdict | None:
-    """Return what an earlier run of a figure shows; None if there is none.
+def described(folder: Path, name: str) -> tuple[Verdict, str] | None:
+    """Return why an earlier run is not judged, and a description of it in Markdown.
 
     Args:
         folder: The folder of earlier results.
         name: Name of the figure.
+
+    Returns:
+        None if there is no such run, or a later one has taken its place.
     """
-    path = folder / f"{name}.json"
-    if not path.exists():
+    if name not in DESCRIPTIONS:
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))["result"]
-    remarks = _DESCRIBED.get(name, _panels)(result)
-    parts = {key: Verdict("", text) for key, text in remarks.items()}
-    if name == "predicted":
-        return Verdict(DESCRIBED, _NO_POWER, parts)
-    return Verdict(NOT_TESTABLE, _FEW, parts)
+    kind, reason = (
+        (DESCRIBED, _NO_POWER) if name == "predicted" else (NOT_TESTABLE, _FEW)
+    )
+    return Verdict(kind, reason), DESCRIPTIONS[name](_result(folder, name))
 
 
-def _panels(result: Content) -> dict[str, str]:
-    """Describe first crossings, of one panel or several."""
-    panels = result.get("panels") or result.get("rates") or {"runs": result}
-    return {
-        name: "; ".join(_crossings(metric, rows) for metric, rows in one.items())
-        for name, one in ((name, panel["times"]) for name, panel in panels.items())
-    }
+def _result(folder: Path, name: str) -> Content:
+    content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return content["result"]
 
 
-def _crossings(metric: str, rows: list[list[float | None]]) -> str:
-    """Describe the first epochs within five points, easiest set first."""
+def _panels(result: Content) -> str:
+    """Describe first crossings, in a row for each panel and measure."""
+    rows = [["runs", "measure", *SETS]]
+    for name, panel in result["panels"].items():
+        rows += [
+            [name, metric, *_crossings(times)]
+            for metric, times in panel["times"].items()
+        ]
+    return (
+        "Epochs until the measure is within five points of the oracles' for the first "
+        "time, for each of the five forget sets: the median over the trainings. 0 "
+        "means before any unlearning, *never* not within the run.\n\n" + markdown(rows)
+    )
+
+
+def _crossings(rows: list[list[float | None]]) -> list[str]:
+    """Return the median epoch within five points of each set, easiest first."""
     times = np.array(rows, dtype=np.float64)
     never = np.where(np.isnan(times), np.inf, times)
     middle = np.quantile(never, 0.5, axis=0, method="higher")
-    shown = ", ".join(f"{time:g}" if np.isfinite(time) else "never" for time in middle)
-    return f"median first epoch within five points by {metric}: {shown}"
+    return [f"{time:g}" if np.isfinite(time) else "never" for time in middle]
 
 
-def _curves(result: Content) -> dict[str, str]:
-    """Describe the whole path of the gap: farther, longer, slower, set by set."""
-    found = {}
-    for metric, curves in result["curves"].items():
-        parts = []
-        for rule in STRATA:
-            oracle = np.mean(result["oracles"][metric][rule])
-            gap = np.abs(np.array(curves[rule]) - oracle).mean(0)
-            area = float((gap[1:] + gap[:-1]).sum() / 2)
-            text = f"{rule} {gap[0]:.3f} → {gap[-1]:.3f}"
-            if gap[0] > LEAST_GAP:
-                closed, left = 1 - gap[-1] / gap[0], area / gap[0] / (len(gap) - 1)
-                text += (
-                    f" (area {area:.1f}; closed {100 * closed:.0f} %, "
-                    f"{100 * left:.0f} % remained on average)"
-                )
-            parts.append(text)
-        found[f"gap by {metric}, before → after"] = "; ".join(parts)
-    return found | {
-        "what this means": "the hardest set has farther to go, and closed the larger "
-        "share of its gap; it was not slower than q3"
-    }
-
-
-def _middle(result: Content) -> dict[str, str]:
-    """Describe first crossings, and the change of the Gaussian score."""
-    gus = {name: np.array(values) for name, values in result["gus"].items()}
-    oracle = gus["oracle"].mean(1)
-    before, after = (np.abs(gus[when] - oracle).mean() for when in ("before", "after"))
-    closed = f"mean distance from the oracles {before:.3f} before, {after:.3f} after"
-    return _panels(result) | {"Gaussian score": closed}
-
-
-def _barriers(result: Content) -> dict[str, str]:
+def _barriers(result: Content) -> str:
     """Describe the barriers on training images."""
     name = "training images"
-    before, after = (np.mean(result[when][name], 0) for when in ("before", "after"))
-    pairs = np.mean(result["baseline"][name], 1)
-    numbers = [
-        f"{rule} {b:.3f} → {a:.3f} ({p:.3f})"
-        for rule, b, a, p in zip(STRATA, before, after, pairs, strict=True)
-    ]
-    text = "; ".join(numbers)
-    return {f"barrier on {name}, before → after (3 pairs of oracles)": text}
-
-
-def _hardest(result: Content) -> dict[str, str]:
-    """Describe the final gaps of the hardest sets of several scores."""
-    found = {}
-    sizes = ", ".join(map(str, result["sizes"]))
-    for metric, scores in result["gaps"].items():
-        numbers = "; ".join(
-            f"{score} {', '.join(f'{gap:.2f}' for gap in np.mean(rows, 0))}"
-            for score, rows in scores.items()
-        )
-        found[f"final gap by {metric}, one set of {sizes} each"] = numbers
-    return found
-
-
-def _groups(result: Content) -> dict[str, str]:
-    """Describe the bound of the hardest set relative to the easiest."""
-    printed = np.array(result["b1"])
-    ratio = (printed[:, -1] / printed[:, 0]).mean()
-    spread = 100 * (np.array(result["b1_std"]) / printed).mean()
-    return {
-        "Theorem B.1, hardest divided by easiest": f"{ratio:.2f}, mean of 5 trainings; "
-        f"one standard deviation of an estimate is {spread:.0f} %"
+    found = {
+        "to an oracle, before unlearning": np.mean(result["before"][name], 0),
+        "to an oracle, after unlearning": np.mean(result["after"][name], 0),
+        "between two of three oracles": np.mean(result["baseline"][name], 1),
     }
+    rows = [[what, *(f"{v:.3f}" for v in values)] for what, values in found.items()]
+    return f"Mean loss barrier on {name}.\n\n" + markdown([["barrier", *SETS], *rows])
 
 
-def _methods(result: Content) -> dict[str, str]:
+def _methods(result: Content) -> str:
     """Describe where each method ended on the sets with something to forget."""
     ua = [np.mean(one[_METRICS["UA"]]) for one in result["oracles"]]
     ta = [np.mean(one["test_accuracy"]) for one in result["oracles"]]
-    found = {}
+    lines = [["method", "set", "gap by UA", "overshot", "test accuracy"]]
     for name, rows in result["rows"].items():
         before = np.array(rows["UA before"]) - ua
         after = np.array(rows["UA after"]) - ua
-        lost = 100 * (np.array(ta) - np.array(rows["TA after"])).mean(0)
-        parts = []
-        for k, rule in enumerate(STRATA):
+        lost = (np.array(ta) - np.array(rows["TA after"])).mean(0)
+        for k, which in enumerate(SETS):
             first, last = np.abs(before[:, k]).mean(), np.abs(after[:, k]).mean()
             if max(first, last) > LEAST_GAP:
                 beyond = 100 * (after[:, k] > LEAST_GAP).mean()
-                parts.append(
-                    f"{rule} {first:.2f} → {last:.2f}, {beyond:.0f} % overshot, test "
-                    f"accuracy {abs(lost[k]):.1f} points {_side(lost[k])} the oracles'"
-                )
-        found[f"{name}, gap by UA"] = "; ".join(parts)
-    return found
+                gap = f"{first:.2f} → {last:.2f}"
+                cells = [name, which, gap, f"{beyond:.0f} %", beside_oracles(lost[k])]
+                lines.append(cells)
+    return (
+        "Where each method ended, for the sets whose mean gap was above five points "
+        "before or after the run. *Overshot* is the share of the runs that ended more "
+        "than five points beyond the oracles.\n\n" + markdown(lines)
+    )
 
 
-def _side(lost: float) -> str:
-    return "below" if lost > 0 else "above"
-
-
-def _private(result: Content) -> dict[str, str]:
+def _private(result: Content) -> str:
     """Describe ε, ties at the largest loss, and first crossings."""
-    panels = _panels(result)
-    return {
-        title: f"ε = {one['epsilon']:.3g}; {one['num_tied']:,} of "
-        f"{one['num_examples']:,} examples share the largest loss; {panels[title]}"
+    ties = " ".join(
+        f"With {title} the models have ε = {one['epsilon']:.3g}, and "
+        f"{one['num_tied']:,} of {one['num_examples']:,} examples share the largest "
+        "loss."
         for title, one in result["panels"].items()
-    }
+    )
+    return f"{ties} {_panels(result)}"
 
 
-def _predicted(result: Content) -> dict[str, str]:
+def _predicted(result: Content) -> str:
     """Say why the predictions were none."""
-    return {
-        "predictions": "the fit for a seed used the other seeds' runs on the same "
-        "sets, so no set was predicted from others"
-    }
+    return (
+        "The fit for a training used the runs of the other trainings on the same sets, "
+        "so no set was predicted from others."
+    )
 
 
-_DESCRIBED: dict[str, Callable[[Content], dict[str, str]]] = {
-    "fig1-middle": _middle,
+DESCRIPTIONS: dict[str, Callable[[Content], str]] = {
+    "fig1-left": _panels,
     "fig1-right": _barriers,
-    "fig3": _hardest,
-    "fig4": _groups,
-    "fig5": _curves,
+    "fig7": _panels,
+    "fig8": _panels,
     "methods": _methods,
     "private": _private,
     "predicted": _predicted,
@@ -193,8 +142,7 @@ def crossings_and_ends(folder: Path) -> str:
     Args:
         folder: The folder of earlier results.
     """
-    path = folder / "methods.json"
-    result = json.loads(path.read_text(encoding="utf-8"))["result"]
+    result = _result(folder, "methods")
     ua = np.array([np.mean(one[_METRICS["UA"]]) for one in result["oracles"]])
     ta = np.array([np.mean(one["test_accuracy"]) for one in result["oracles"]])
     lines = [

@@ -47,8 +47,8 @@ def test_groups_are_permuted_as_by_brute_force():
     share = np.mean(np.array(sums) >= sum(first[0]))
     welch = stats.ttest_ind(first[0], second[0], equal_var=False, alternative="greater")
     found = groups_differ(first, second, "by")
-    wanted = f"p of more = {max(share, welch.pvalue):.4f} over 4 against 4 sets"
-    assert wanted in found.reason
+    assert found.effect.p == pytest.approx(max(share, welch.pvalue))
+    assert found.effect.side == "above" and found.effect.units == "4 against 4 sets"
     assert found.verdict == UNDECIDED
     assert groups_differ(trainings(5, 6, 7, 8), second, "by").verdict == BORNE_OUT
     assert groups_differ(second, trainings(5, 6, 7, 8), "by").verdict == NOT_BORNE_OUT
@@ -65,7 +65,7 @@ def test_what_agrees_only_because_of_a_training_is_undecided():
     for judge in (groups_differ, larger):
         assert judge(second + 10, second, "by").verdict == BORNE_OUT
         found = judge(second + once, second, "by")
-        assert found.verdict == UNDECIDED and "over 5 trainings" in found.reason
+        assert found.verdict == UNDECIDED and found.effect.trainings == 5
 
 
 def test_values_that_are_not_finite_are_not_testable():
@@ -150,10 +150,7 @@ def test_the_largest_difference_is_that_of_the_worst_pair():
     for i, j in itertools.combinations(range(9), 2):
         found = stats.ttest_1samp(values[:, i] - values[:, j], 0)
         ends.append(np.abs(found.confidence_interval(0.95)).max())
-    assert (
-        f"differ by at most {max(ends):.3f} (97.5 % one-sided limit)"
-        in alike(values, 0.1, "").reason
-    )
+    assert alike(values, 0.1, "").effect.high == pytest.approx(max(ends))
 
 
 def test_every_set_must_be_near_its_own_baseline():
@@ -233,7 +230,7 @@ def test_pairs_that_share_oracles_are_not_independent():
     values, baseline = np.full((5, 8), 50.0), 100 + pairs[:8]
     limits = 50 - baseline.mean(1) + stats.t.isf(LEVEL, 4) * np.sqrt(of_mean[:8])
     found = at_most(values, baseline, 1.0, "barrier")
-    assert f"on the worst set at most {limits.max():+.3f}" in found.reason
+    assert found.effect.high == pytest.approx(limits.max())
 
 
 def test_scores_that_only_tell_classes_apart_do_not_correlate_within_them():
@@ -274,7 +271,7 @@ def test_budgets_that_fit_leave_less_at_equal_cost():
     said = judge_gain(drawn)  # no test has any power, so the gain is described only
     assert said.verdict == DESCRIBED
     assert "mean gain over 10 sets is too small to be tested" in said.reason
-    assert f"budgets from the loss: {gain:.3f} [" in said.reason
+    assert said.effect.estimate == pytest.approx(gain)
     still = np.tile(path[:, :1], (5, 1, 12))
     idle = Runs(losses, still, lost, oracles, np.zeros_like(still))
     assert "nothing was unlearned" in judge_gain(idle).reason

@@ -4,9 +4,16 @@ import json
 
 import pytest
 
-from benchmarks.reproduce.earlier import crossings_and_ends, described
+from benchmarks.reproduce.earlier import DESCRIPTIONS, crossings_and_ends, described
 from benchmarks.reproduce.figures import FIGURES
-from benchmarks.reproduce.judging.verdicts import DESCRIBED, NOT_TESTABLE, Verdict
+from benchmarks.reproduce.judging.effects import Effect
+from benchmarks.reproduce.judging.verdicts import (
+    BORNE_OUT,
+    DESCRIBED,
+    NOT_TESTABLE,
+    UNDECIDED,
+    Verdict,
+)
 from benchmarks.reproduce.page import (
     DOCS,
     EARLIER,
@@ -14,8 +21,9 @@ from benchmarks.reproduce.page import (
     again_of,
     page_of,
     stored,
-    whole_page,
+    whole_pages,
 )
+from benchmarks.reproduce.sections import section, summary, table_of_claims
 
 SCALE = {
     "sgd": {
@@ -24,33 +32,89 @@ SCALE = {
         "recipe": dict.fromkeys(
             ("model", "num_epochs", "learning_rate", "momentum", "batch_size"), "x"
         ),
+        "num_sets": 20,
+        "set_size": 200,
     }
 }
 
 
-def content(verdict, result):
-    said = {"verdict": verdict, "because": f"rho {result}", "result": result}
-    return {"claim": "It holds", "scale": SCALE, **said}
+WHERE = {"python": "3", "machine": "x", "cores": 2, "packages": {"torch": "2"}}
+FARTHER, SLOWER = (
+    {
+        "name": f"correlation of difficulty with {what}",
+        **{"estimate": rho, "low": rho - 0.1, "high": rho + 0.1},
+        **{"p": 0.001, "side": "above", "units": "9 sets", "trainings": 5},
+    }
+    for what, rho in (("the gap", 0.8), ("the share", -0.4))
+)
+
+
+def content(verdict, result, **more):
+    said = {"verdict": verdict, "because": f"rho {result}", "result": {"rho": result}}
+    return {"claim": "It holds", "scale": SCALE, "environment": WHERE, **said, **more}
+
+
+def verdict_of_sets():
+    """A verdict on two claims, one of them with a part that cannot be tested."""
+    effects = {
+        "farther": {m: Effect(**FARTHER) for m in ("UA", "MIA")},
+        "slower": {"UA": Effect(**SLOWER)},
+    }
+    parts = {
+        name: {m: Verdict(UNDECIDED, effect=one) for m, one in of_metrics.items()}
+        for name, of_metrics in effects.items()
+    }
+    lower = Effect(**FARTHER | {"estimate": 0.7})
+    said = "both agree", "all 15 choices agree"
+    parts["farther"]["MIA"] = Verdict(BORNE_OUT, effect=lower, remarks=said)
+    parts["slower"]["MIA"] = Verdict(NOT_TESTABLE, "nothing was unlearned")
+    kinds = {"farther": UNDECIDED, "slower": NOT_TESTABLE}
+    found = {name: Verdict(kinds[name], parts=some) for name, some in parts.items()}
+    return Verdict(NOT_TESTABLE, parts=found | {"runs": Verdict("", "a few")})
 
 
 def test_figures_not_run_are_listed_as_such(tmp_path):
     found = dict.fromkeys(FIGURES) | {"fig2": content("borne out", 0.9)}
-    page = page_of(found, tmp_path)
-    earlier = len(list(EARLIER.glob("*.json")))
-    assert page.count("| **not testable yet** |") == earlier - 1
+    page = page_of(found, dict.fromkeys(FIGURES), tmp_path)
+    assert page.count("| **not testable yet** |") == len(DESCRIPTIONS) - 1
     assert page.count("| **described, not judged** |") == 1
-    assert page.count("| **not run yet** |") == 5
-    assert "**Found.** Rho 0.9." in page and "1,000 training" in page
-    counts = "1 borne out, 1 described, not judged, 5 not run yet, 12 not testable yet"
-    assert f"Of 19 claims: {counts}." in page
+    others = len(FIGURES) - 1 - len(DESCRIPTIONS)
+    assert page.count("| **not run yet** |") == others
+    assert "**Verdict: borne out.** Rho 0.9." in page and "1,000 training" in page
+    assert f"Verdicts on {len(FIGURES)} claims: 1 *borne out*, " in page
+    assert f"and {others} *not run yet*." in page
 
 
-def test_parts_with_another_verdict_are_named_in_the_table(tmp_path):
-    parts = {"farther": "borne out", "slower": "not testable yet", "runs": ""}
-    judged = {name: {"verdict": one, "because": ""} for name, one in parts.items()}
-    figure = content("not testable yet", 0.9) | {"parts": judged}
-    page = page_of(dict.fromkeys(FIGURES) | {"fig6": figure}, tmp_path)
-    assert "| **not testable yet**; farther: borne out |" in page
+def test_a_section_has_tables_of_effects_reasons_and_remarks(tmp_path):
+    text = section(FIGURES["fig6"], verdict_of_sets(), tmp_path / "none.md")
+    for line in (
+        "**Verdict: not testable yet.** Of 4 parts, 1 is borne out, 2 are undecided "
+        "and 1 is not testable yet.",
+        "**Correlation of difficulty with the gap** (farther)",
+        "| UA | undecided | 0.80 [0.70, 0.90] | above 0: 0.001 | 9 sets, 5 trainings |",
+        "| slower, MIA | Nothing was unlearned. |",
+        "- **farther, MIA**: Both agree. All 15 choices agree.",
+        "- **runs**: A few.",
+    ):
+        assert line in text.splitlines()
+
+
+def test_the_least_favourable_effect_of_each_kind_is_in_the_table_of_claims():
+    (line,) = (
+        line
+        for line in table_of_claims({"fig6": verdict_of_sets()}).splitlines()
+        if line.startswith("| [fig6](#fig6)")
+    )
+    assert "0.70 [0.70, 0.90]" in line and "0.80 [" not in line
+    assert "-0.40 [-0.50, -0.30]" in line
+    assert "| **not testable yet**; farther: undecided |" in line
+
+
+def test_the_summary_says_where_harder_sets_are_farther_and_slower():
+    text = summary({"fig6": verdict_of_sets(), "fig2": Verdict(BORNE_OUT)})
+    assert "lie between 0.70 and 0.80." in text
+    assert "are -0.40; all are negative, the opposite of the claim." in text
+    assert f"*{FIGURES['fig2'].claim[:-1]}* ([fig2](#fig2))." in text
 
 
 def test_a_second_run_is_the_same_or_says_what_it_found():
@@ -63,13 +127,16 @@ def test_a_second_run_is_the_same_or_says_what_it_found():
         "fig5": content("borne out", 0.9),
     }
     lines = again_of(first, again).splitlines()
-    assert "| fig2 | borne out | borne out | the same to the last digit |" in lines
-    assert "| fig9 | borne out | not borne out | rho -0.1 |" in lines
+    same = "The same to the last digit. Rho 0.9."
+    assert f"| fig2 | borne out | borne out | {same} |" in lines
+    other = "Not the same to the last digit: rho. Rho -0.1."
+    assert f"| fig9 | borne out | not borne out | {other} |" in lines
     assert not [line for line in lines if "ranks" in line or "fig5" in line]
 
 
-def test_the_page_is_made_of_the_stored_results():
-    assert (DOCS / "results.md").read_text(encoding="utf-8") == whole_page()
+@pytest.mark.parametrize("name", ["results.md", "judges.md"])
+def test_the_pages_are_made_of_the_stored_results(name):
+    assert (DOCS / name).read_text(encoding="utf-8") == whole_pages()[name]
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -77,8 +144,7 @@ def test_stored_verdicts_are_those_of_the_present_code(name):
     path = RESULTS / f"{name}.json"
     if not path.exists():
         kind = DESCRIBED if name == "predicted" else NOT_TESTABLE
-        before = described(EARLIER, name)
-        assert before is None or before.verdict == kind  # None: not run yet
+        assert described(EARLIER, name)[0].verdict == kind
         return
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content == stored(RESULTS)[name]
@@ -93,14 +159,11 @@ def test_earlier_crossings_are_told_from_arrivals():
     assert row.split(" | ")[1:3] == [str(came), str(came)]  # all of them moved on
 
 
-def test_the_earlier_hardest_set_was_farther_and_not_slower():
-    (text,) = (
-        one.reason
-        for name, one in described(EARLIER, "fig5").parts.items()
-        if name.startswith("gap by UA")
-    )
-    assert "q3 0.164 → 0.136 (area 2.0; closed 17 %, 83 % remained" in text
-    assert "last 0.702 → 0.420 (area 6.9; closed 40 %, 65 % remained" in text
+def test_earlier_sets_are_the_columns_of_a_table():
+    text = described(EARLIER, "methods")[1]
+    assert "| Langevin | fourth | 0.16 → 0.04 | 60 % | 3.4 points below the" in text
+    lines = described(EARLIER, "fig7")[1].splitlines()
+    assert "| svhn, strided-cnn | UA | 0 | 0 | 2 | never | never |" in lines
 
 
 def test_parts_of_a_verdict_are_a_nested_list():
@@ -115,4 +178,5 @@ def test_parts_of_a_verdict_are_a_nested_list():
     assert whole.because == (
         "two seeds; svhn: borne out (UA: borne out (ε = 3)); beside: all values tie"
     )
-    assert Verdict.from_json(json.loads(json.dumps(whole.to_json()))) == whole
+    for one in (whole, verdict_of_sets()):
+        assert Verdict.from_json(json.loads(json.dumps(one.to_json()))) == one

@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.reproduce import figures
 from benchmarks.reproduce.figures import FIGURES
+from benchmarks.reproduce.judging.effects import Effect
 from benchmarks.reproduce.judging.verdicts import (
     BORNE_OUT,
     DESCRIBED,
@@ -59,7 +60,8 @@ def proxies(mean, other, noise):
 def test_proxies_are_judged_by_class_and_by_seed(mean, other, noise, verdict):
     found = FIGURES["fig2"].judge(proxies(mean, other, noise))
     assert found.verdict == verdict
-    assert "10 classes" in found.because and "3 trainings" in found.because
+    for one in found.judged:
+        assert (one.effect.units, one.effect.trainings) == ("10 classes", 3)
 
 
 def test_proxies_without_their_classes_are_not_testable():
@@ -148,8 +150,8 @@ def test_rankings_whose_classes_were_not_stored_are_not_testable():
     del result["classes"]
     found = FIGURES["ranks"].judge(result)
     assert found.verdict == NOT_TESTABLE
-    assert "0.1 and 0.01: stored without the classes" in found.because
-    assert "over all examples 0.9833" in found.because
+    assert "0.1 and 0.01" in found.because
+    assert "stored without the classes" in found.because
 
 
 def test_one_part_that_fails_decides_and_one_that_is_open_leaves_it_open():
@@ -183,21 +185,26 @@ def test_one_part_of_many_must_fail_more_clearly():
 def test_measurements_of_one_claim_must_agree():
     yes, open_ = Verdict(BORNE_OUT, "first"), Verdict(UNDECIDED)
     noes = [Verdict(NOT_BORNE_OUT, p_against=p) for p in (0.001, 0.02, 0.01)]
-    assert agreed([yes, yes]) == yes
-    assert agreed(noes).verdict == NOT_BORNE_OUT and agreed(noes).p_against == 0.02
+    cases = "if shared", "if not", "if seldom"
+    assert agreed([yes, yes], cases) == yes
+    no = agreed(noes, cases)
+    assert no.verdict == NOT_BORNE_OUT and no.p_against == 0.02
     for other in (open_, noes[0]):
-        found = agreed([yes, other])
+        found = agreed([yes, other], cases)
         assert found.verdict == UNDECIDED and found.p_against == 1.0
-        assert found.reason.startswith("first; by what forgotten images share: borne")
-    assert agreed([yes, Verdict(NOT_TESTABLE)]).verdict == NOT_TESTABLE
-    assert agreed(iter([open_, None])) == open_  # the second is not made
+        said = f"if shared, it is borne out; if not, it is {other.verdict}"
+        assert found.reason == "first" and found.remarks == (said,)
+    assert agreed([yes, Verdict(NOT_TESTABLE)], cases).verdict == NOT_TESTABLE
+    assert agreed(iter([open_, None]), cases) == open_  # the second is not made
 
 
 def test_both_sides_are_tested_at_two_and_a_half_percent():
-    assert of_tests(0.025, 0.9, "").verdict == BORNE_OUT
-    assert of_tests(0.026, 0.03, "").verdict == UNDECIDED
-    assert of_tests(0.9, 0.02, "") == Verdict(NOT_BORNE_OUT)
-    assert of_tests(0.9, 0.02, "").p_against == 0.02
+    effect = Effect("gap", 0.3, 0.1, 0.5)
+    assert of_tests(0.025, 0.9, effect).verdict == BORNE_OUT
+    assert of_tests(0.026, 0.03, effect).verdict == UNDECIDED
+    no = of_tests(0.9, 0.02, effect, "a remark")
+    assert no == Verdict(NOT_BORNE_OUT, effect=effect, remarks=("a remark",))
+    assert no.p_against == 0.02
 
 
 def certified(own):

@@ -73,7 +73,9 @@ def _judge_groups(result: Result) -> Verdict:
         "means that are too low"
     )
     logs = np.log(np.where(printed > 0, printed, np.nan))
-    found = alike(logs, float(np.log(FACTOR)), "the natural logarithm of the bound")
+    limit = float(np.log(FACTOR))
+    what = f"the natural logarithm of the bound (a factor of {FACTOR} is {limit:.3f})"
+    found = alike(logs, limit, what)
     return with_remark(found, "coupled value, for comparison", comparison)
 
 
@@ -101,12 +103,20 @@ def _certified(scale: Scale, workspace: Workspace) -> Result:
 def _judge_certified(result: Result) -> Verdict:
     rows = result["rows"]
     fewer = all(r["steps"]["shifted"] < r["steps"]["Corollary 4.4"] for r in rows)
-    steps = "; ".join(
-        f"to forget {row['num_points']} takes {row['steps']['shifted']} steps, by "
-        f"Corollary 4.4 {row['steps']['Corollary 4.4']}"
-        for row in rows
+    own, paper, sizes = (
+        ", ".join(str(value) for value in values)
+        for values in zip(
+            *(
+                (r["steps"]["shifted"], r["steps"]["Corollary 4.4"], r["num_points"])
+                for r in rows
+            ),
+            strict=True,
+        )
     )
-    because = f"{steps}; this follows from constants, so there is nothing to test"
+    because = (
+        f"to forget {sizes} examples, this library needs {own} steps and Corollary 4.4 "
+        f"{paper}; this follows from constants, so there is nothing to test"
+    )
     return Verdict(HOLDS if fewer else DOES_NOT_HOLD, because)
 
 

@@ -157,9 +157,9 @@ def _harder(of_loss: Result, other: Result, metric: str) -> Verdict:
     gaps = [one.to_go[:, :, 0] for one in pair]
     accounts = zip(*(one.accounts() for one in pair), strict=True)
     speeds = [[one.slowness() for one in account] for account in accounts]
-    what = f"{SLOWNESS}: difference of the means"
+    what = f"difference of the mean {SLOWNESS}"
     parts = {
-        FARTHER: groups_differ(*gaps, "gap before unlearning: difference of the means"),
+        FARTHER: groups_differ(*gaps, "difference of the mean gaps before unlearning"),
         SLOWER: agreed((groups_differ(*one, what) for one in speeds), ACCOUNTS),
     }
     return combined(parts, shared)

@@ -103,7 +103,9 @@ def _judge_middle(result: Result) -> Verdict:
     """
     found = orders_of(result)
     if "gus" not in result:
-        return with_remark(by_claim(found), "GUS", "it was not measured")
+        return with_remark(
+            by_claim(found), "GUS", "the Gaussian unlearning score was not measured"
+        )
     gus = Runs(
         np.array(result["mean_losses"], dtype=np.float64),
         np.array(result["gus"]["gaps"], dtype=np.float64),

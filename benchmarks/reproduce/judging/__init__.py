@@ -2,6 +2,7 @@
 
 | file | what it decides |
 |---|---|
+| ``effects`` | a measured effect: size, interval, p-value, and their text |
 | ``verdicts`` | what a verdict is, and how several become one |
 | ``runs`` | the runs that the judges of an order are given |
 | ``ranks`` | rank correlations over sets and trainings: a test, and an interval |
@@ -25,5 +26,5 @@ unlearn the same set share its examples and its oracles. Correlations over examp
 the class as the unit.
 Judges are simulated without an effect and with one. In the simulated cases, one may
 find an effect that does not exist in at most 5 %. Cases that are known to fool a judge
-are listed on the page of results.
+are listed in docs/judges.md.
 """

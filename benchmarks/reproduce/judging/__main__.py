@@ -8,6 +8,7 @@ Writes benchmarks/results/reproduce/judges.json and judges.md.
 import importlib
 import json
 import pkgutil
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,20 +73,30 @@ def settings() -> dict[str, float | str]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Return the simulated rates as Markdown; those known to fool a judge apart."""
-    fools = [row for row in content["rows"] if row["fools"]]
-    rest = [row for row in content["rows"] if not row["fools"]]
-    return f"{_table(rest)}\nKnown to fool their judge:\n\n{_table(fools)}"
+    """Return the simulated rates as Markdown, a section for each judge.
+
+    Cases that are known to fool a judge have a table of their own.
+    """
+    of_judges = defaultdict(list)
+    for row in content["rows"]:
+        of_judges[row["judge"]].append(row)
+    sections = []
+    for judge, rows in of_judges.items():
+        draws = f"{rows[0]['draws']} studies of each case."
+        sections += [f"### {judge[0].upper()}{judge[1:]}", draws]
+        rest, fools = ([r for r in rows if r["fools"] == kind] for kind in (0, 1))
+        sections.append(_table(rest))
+        if fools:
+            sections += ["Known to fool this judge:", _table(fools)]
+    return "\n\n".join(sections) + "\n"
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [["judge (figures)", "simulated", "studies", "claim is", *KINDS]]
+    lines = [["simulated", "claim is", *KINDS]]
     for row in rows:
         shares = [f"{100 * row['rates'][kind]:.1f} %" for kind in KINDS]
-        truth = "true" if row["effect"] else "false"
-        words = [row["judge"], row["scenario"], str(row["draws"]), truth]
-        lines.append([*words, *shares])
-    return markdown(lines) + "\n"
+        lines.append([row["scenario"], "true" if row["effect"] else "false", *shares])
+    return markdown(lines)
 
 
 def stored(out: Path = OUT) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Effect:
             "" if one is None else f"{one:.{self.digits}f}" for one in numbers
         )
         if not low:
-            return f"{middle}, at most {high}; allowed {limit}"
+            return f"{middle}, at most {high} (allowed: {limit})"
         return f"{middle} [{low}, {high}]"
 
     def p_value(self) -> str:

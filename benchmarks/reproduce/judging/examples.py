@@ -64,7 +64,7 @@ class Correlations:
         if not classes:
             return (
                 "stored without the classes of the examples, which are the unit of the "
-                f"test (over all examples {self.of_trainings.mean():.4f})"
+                "test"
             )
         if classes < FEWEST_CLASSES:
             return (
@@ -173,7 +173,9 @@ def above(
     plain = _mean(found.of_classes, found.of_trainings)
     p_above, p_below = _tests(_by_artanh(found), plain, least)
     tests = p_above, among * p_below
-    effect = _effect("correlation within classes", correlation(found), tests, found)
+    effect = _effect(
+        "mean correlation within classes", correlation(found), tests, found
+    )
     remark = (
         f"the lowest correlation of a class is {found.of_classes.min():.3f}; over all "
         f"examples it is {found.of_trainings.mean():.3f}"
@@ -195,7 +197,9 @@ def ahead(found: Correlations, other: Correlations) -> Verdict:
     half = lead[1](LEVEL)
     interval = ConfidenceInterval(lead[0], lead[0] - half, lead[0] + half)
     tests = _tests(lead, plain, 0.0)
-    return of_tests(*tests, _effect("lead, of the artanh", interval, tests, found))
+    return of_tests(
+        *tests, _effect("lead in the artanh of the correlation", interval, tests, found)
+    )
 
 
 def _effect(

@@ -67,7 +67,7 @@ FEWEST_EPOCHS = 8
 LEAST_CLOSED = 0.2  # share of the gap from which on something was unlearned
 MOST_AT_ONCE = 0.5  # share of the gap that the first epoch may close
 FARTHER, SLOWER = "farther", "slower"
-_REMAINED = "the share of the gap that remained on average over the run"
+_REMAINED = "the share of the gap that remained"
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -350,11 +350,11 @@ def described(runs: Runs) -> str:
     share = {k: f"{100 * v:.0f} %" for k, v in arrivals(runs, judged).items()}
     to_go = runs.only(judged).to_go.mean((0, 1))
     return (
-        f"of the runs on the {judged.sum()} sets with something to forget, "
-        f"{share['first']} came within five points of the oracles at some epoch, "
-        f"{share['there']} ended there, {share['kept']} ended there at kept test "
-        f"accuracy, and {share['overshot']} ended more than five points beyond; the "
-        f"mean gap went from {to_go[0]:.3f} to {to_go[-1]:.3f}; test accuracy ended "
+        f"{judged.sum()} sets have something to forget. Of their runs {share['first']} "
+        f"came within five points of the oracles, {share['there']} ended there "
+        f"({share['kept']} at kept test accuracy), and {share['overshot']} ended more "
+        f"than five points beyond. Their mean gap went from {to_go[0]:.3f} to "
+        f"{to_go[-1]:.3f}, and test accuracy ended "
         f"{beside_oracles(runs.lost[:, judged].mean())}"
     )
 
@@ -364,5 +364,5 @@ def beside_oracles(lost: float) -> str:
     points = f"{100 * abs(lost):.1f}"
     side = "below" if lost > 0 else "above"
     return (
-        f"{points} points {side} the oracles'" if float(points) else "as the oracles'"
+        f"{points} points {side} the oracles'" if float(points) else "at the oracles'"
     )

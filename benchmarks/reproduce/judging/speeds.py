@@ -51,7 +51,7 @@ def _hardest_of(scores: Floats) -> Verdict:
     number = max(4, scores.shape[1] // 4)
     assert scores.shape[1] >= FEWEST_SETS >= 2 * 4
     hardest, others = scores[:, -number:], scores[:, :-number]
-    found = groups_differ(hardest, others, f"{SLOWNESS}: hardest quarter minus others")
+    found = groups_differ(hardest, others, f"{SLOWNESS}, hardest quarter minus others")
     quarters = np.array_split(scores.mean(0), 4)
     means = ", ".join(f"{one.mean():.2f}" for one in quarters)
     text = f"from the easiest to the hardest quarter the means are {means}"
