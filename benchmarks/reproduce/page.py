@@ -165,18 +165,23 @@ def main() -> None:
     matplotlib.use("Agg")
     pictures = DOCS / "results"
     pictures.mkdir(parents=True, exist_ok=True)
-    for name, content in stored(RESULTS).items():
+    found = stored(RESULTS)
+    for name, content in found.items():
         if content:
             facts = content["result"], content["scale"], content["environment"]
             publish(FIGURES[name], *facts, RESULTS)
             shutil.copy(RESULTS / f"{name}.png", pictures)
-    for name, text in whole_pages().items():
+    for name, text in whole_pages(found).items():
         (DOCS / name).write_text(text, encoding="utf-8")
 
 
-def whole_pages() -> dict[str, str]:
-    """Return the text of both pages, by the name of their file."""
-    text = page_of(stored(RESULTS), stored(AGAIN), RESULTS)
+def whole_pages(found: dict[str, Content | None]) -> dict[str, str]:
+    """Return the text of both pages, by the name of their file.
+
+    Args:
+        found: The published content of each figure, or None if it has not been run.
+    """
+    text = page_of(found, stored(AGAIN), RESULTS)
     return {"results.md": text, "judges.md": judges_page(EARLIER)}
 
 

@@ -42,7 +42,7 @@ WHERE = {"python": "3", "machine": "x", "cores": 2, "packages": {"torch": "2"}}
 FARTHER, SLOWER = (
     {
         "name": f"correlation of difficulty with {what}",
-        **{"estimate": rho, "low": rho - 0.1, "high": rho + 0.1},
+        **{"estimate": rho, "low": round(rho - 0.1, 2), "high": round(rho + 0.1, 2)},
         **{"p": 0.001, "side": "above", "units": "9 sets", "trainings": 5},
     }
     for what, rho in (("the gap", 0.8), ("the share", -0.4))
@@ -134,20 +134,28 @@ def test_a_second_run_is_the_same_or_says_what_it_found():
     assert not [line for line in lines if "ranks" in line or "fig5" in line]
 
 
-@pytest.mark.parametrize("name", ["results.md", "judges.md"])
-def test_the_pages_are_made_of_the_stored_results(name):
-    assert (DOCS / name).read_text(encoding="utf-8") == whole_pages()[name]
+@pytest.fixture(scope="module")
+def judged():
+    """The stored figures, judged anew."""
+    return stored(RESULTS)
+
+
+def test_the_pages_are_made_of_the_stored_results(judged):
+    pages = whole_pages(judged)
+    assert set(pages) == {"results.md", "judges.md"}
+    for name, text in pages.items():
+        assert (DOCS / name).read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_stored_verdicts_are_those_of_the_present_code(name):
+def test_stored_verdicts_are_those_of_the_present_code(name, judged):
     path = RESULTS / f"{name}.json"
     if not path.exists():
         kind = DESCRIBED if name == "predicted" else NOT_TESTABLE
         assert described(EARLIER, name)[0].verdict == kind
         return
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert content == stored(RESULTS)[name]
+    assert content == judged[name]
 
 
 def test_earlier_crossings_are_told_from_arrivals():

@@ -7,8 +7,6 @@ are all made of these fields.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_SMALLEST = 1e-4  # p-values below are shown as such
-
 
 @dataclass(frozen=True)
 class Effect:
@@ -79,4 +77,4 @@ class Effect:
 
 
 def _shown(p: float) -> str:
-    return f"{p:.2g}" if p >= _SMALLEST else f"< {_SMALLEST:.4f}"
+    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
