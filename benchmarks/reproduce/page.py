@@ -23,6 +23,7 @@ from benchmarks.reproduce.judges_page import judges_page
 from benchmarks.reproduce.judging.verdicts import Verdict, sentences
 from benchmarks.reproduce.publication import Content, publish, verdict_on
 from benchmarks.reproduce.sections import (
+    head,
     section,
     section_of_earlier,
     summary,
@@ -222,6 +223,7 @@ def page_of(
             figures.append(section_of_earlier(FIGURES[name], *before))
         else:
             verdicts[name] = Verdict(NOT_RUN)
+            figures.append(f"{head(FIGURES[name], verdicts[name])}\n")
     known = [content for content in found.values() if content]
     return _TEXT.format(
         summary=summary(verdicts),

@@ -139,7 +139,7 @@ def section(figure: Figure, verdict: Verdict, table: Path) -> str:
         verdict: The verdict on it.
         table: The file of the figure's own table, if there is one.
     """
-    parts = [_head(figure, verdict)]
+    parts = [head(figure, verdict)]
     parts += [_table(name, rows) for name, rows in _by_effect(verdict).items()]
     parts += [_untested(verdict), _remarks(verdict)]
     parts.append(f"![{figure.name}](results/{figure.name}.png)")
@@ -151,10 +151,11 @@ def section(figure: Figure, verdict: Verdict, table: Path) -> str:
 def section_of_earlier(figure: Figure, verdict: Verdict, description: str) -> str:
     """Return the section of a figure that was run with the earlier design only."""
     shown = f"**The earlier run.** {description}"
-    return f"{_head(figure, verdict)}\n\n{shown}\n"
+    return f"{head(figure, verdict)}\n\n{shown}\n"
 
 
-def _head(figure: Figure, verdict: Verdict) -> str:
+def head(figure: Figure, verdict: Verdict) -> str:
+    """Return the head of a section: claim, verdict, and how many parts have which."""
     kinds = [one.verdict for one in verdict.judged]
     counts = ""
     if len(kinds) > 1:

@@ -295,7 +295,9 @@ def _contrast(result: Result, attack: str) -> Verdict:
         few = f"no class has {FEWEST_EXAMPLES} examples of each kind"
         return Verdict(NOT_TESTABLE, few)
     both = [_hardest(result, attack, kind) for kind in KINDS]
-    return groups_differ(*both, "on the hardest quarter of each class larger by")
+    return groups_differ(
+        *both, "difference of the means on the hardest quarter of each class"
+    )
 
 
 def _remarks(result: Result) -> dict[str, str]:

@@ -13,6 +13,7 @@
 | ``choices`` | which training and which oracle choose the sets? All, in turn |
 | ``speeds`` | is the hardest quarter slower; do speeds separate less for large sets? |
 | ``examples`` | rank correlations over many examples, within classes |
+| ``jackknife`` | replicates of a statistic of many models |
 | ``scenario`` | a simulated study of known truth |
 | ``simulated_runs`` | studies of unlearning runs, for ``order`` |
 | ``simulated_speeds`` | studies of runs of given speeds, for ``speeds`` |
