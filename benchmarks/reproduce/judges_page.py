@@ -73,8 +73,7 @@ points of accuracy and a factor of 1.25 in a bound between any two sets, and 1.5
 the barrier between a set's own oracles. A one-sided 97.5 % limit over trainings must
 lie within the margin, so noise leaves the claim undecided instead of confirming it. The
 claim is about the sets that were measured, in trainings like those that were run. The
-baseline of fig1-right needs ten pairs of oracles, which is five oracles for each set.
-At scales with three oracles this claim cannot be borne out.
+baseline of fig1-right needs ten pairs of oracles, so each set has five oracles there.
 
 **Correlations over images** (fig2, fig9, ranks, literal) have the class as their unit,
 because images of one class resemble each other. They are measured within each class, so
