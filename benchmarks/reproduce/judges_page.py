@@ -42,6 +42,8 @@ conditions must hold, or the claim is not testable:
   training and one oracle choose these sets, and the others measure them. Every training
   and every oracle chooses in turn. A verdict stands if two thirds of these choices give
   it, and their number is shown.
+- The share is compared as an angle, whose tangent is the share. It goes on where noise
+  makes a gap 0 or less, at which the share itself jumps.
 - A run has at least eight epochs, closes at least a fifth of the gap, and closes at
   most half of it in the first epoch.
 - The movement of the same measure on retained images is subtracted from the gap,
@@ -232,10 +234,12 @@ The change was adopted when fig1-middle and fig5 had been judged, and it changed
 verdicts: by UA, hard sets were *not slower*, and MIA approached the oracle's. Both are
 now *undecided*.
 
-### Words
+### Tables, 1 December 2026
 
-The page called a correlation *weak* if its interval was below 0.5. This changed no
-verdict, and the interval shows it, so the word is gone.
+Figure 1 (right) now trains five oracles for each set, because its baseline needs ten
+pairs. The pages have tables of effects in place of lists, and the judges have a page of
+their own. A correlation was called *weak* if its interval was below 0.5. The interval
+shows this, so the word is gone. No verdict changed.
 """
 
 

@@ -65,7 +65,7 @@ percentage points.
 *farther* if its gap before unlearning is larger. It is *slower* if a larger share of
 this gap remained, on average over the run. Both are measured by Spearman's rank
 correlation with difficulty, and claimed to be above 0. If the correlation for *slower*
-is -0.89, harder sets had closed a larger share of their gap: they were faster.
+is -0.89, less of the gap of harder sets had remained: they were faster.
 
 **Other names.** *Proxies* are scores of difficulty that need no privacy accounting:
 the gradient norm of an image, averaged over training (*mean norm*), in its middle (*mid
@@ -82,23 +82,28 @@ with the class as the unit. Figures that unlearn the same sets of the same train
 share their gaps before unlearning (fig1-middle, fig5, fig6, rates), so they do not
 confirm each other.
 
-**Verdicts.** A claim is *borne out* or *not borne out* if a test says so, with an error
-of at most 2.5 % for each part; [simulations](judges.md#how-often-the-judges-err) show
-how often the tests err. It is *undecided* if both answers remain possible. It is *not
-testable yet* if the numbers cannot answer it; the reason is given. A claim that follows
-from constants is *computed*, because nothing in it is random. A claim of which no test
-has any power is *described, not judged*.
+**Verdicts.** A claim is *borne out* if a test says so for all its parts, and *not borne
+out* if one part contradicts it more clearly than chance would among so many parts. The
+error of a test is at most 2.5 % on each side, and
+[simulations](judges.md#how-often-the-judges-err) show how often the tests err. A claim
+is *undecided* if both answers remain possible. It is *not testable yet* if the numbers
+cannot answer it; the reason is given. A claim that follows from constants is
+*computed*, because nothing in it is random. A claim of which no test has any power is
+*described, not judged*.
 
 **Tables.** *Effect* is the estimate with its two-sided 95 % interval. Where values are
 claimed to be alike, it is their largest difference, with a limit that holds with 97.5 %
 (*at most*) and the largest difference that counts as alike (*allowed*). Verdicts follow
 from the *one-sided p*, which names its side, and not from the interval; both
 [need not agree](judges.md#how-each-judge-works). *Number* is that of the sets and the
-trainings. *Slower* is judged on the sets with a gap of more than five points; one
-training and one oracle *select* them, each in turn, and the others measure. A verdict
-must be given by two thirds of these choices. Unlearning can also change the same
-measure on retained images. Whether forgotten images *share* this movement is not known,
-so a verdict on speeds must be the same if they do and if they do not.
+trainings.
+
+**Slower in detail.** Speeds are judged on the sets with a gap of more than five points.
+One training and one oracle select these sets, and the others measure them; each takes
+its turn, and two thirds of these choices must give the verdict. Unlearning also changes
+the measure on retained images. Whether forgotten images share this movement is not
+known, so a verdict on speeds must be the same if they do and if they do not. If it is
+not, the part is undecided, although its p may be small.
 
 ## What was fixed beforehand, and what was not
 
@@ -121,6 +126,9 @@ So the claims about forget sets are tested on new runs; those about correlations
 not.
 
 ## What changed since the last version
+
+On 1 December 2026 prose and lists became tables. No verdict changed. These changes came
+before:
 
 The first version tested the order of five forget sets, of which three start at the
 oracles. Its claims about times were borne out whatever happened. They are measured

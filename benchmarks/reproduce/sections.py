@@ -69,7 +69,7 @@ def _range_of(values: list[float]) -> str:
     low, high = f"{min(values):.2f}", f"{max(values):.2f}"
     middle = f"are {low}" if low == high else f"lie between {low} and {high}"
     against = "; all are negative, the opposite of the claim" if max(values) < 0 else ""
-    return f"The measured correlations with difficulty {middle}{against}."
+    return f"The measured correlations {middle}{against}."
 
 
 def _counts(kinds: list[str]) -> dict[str, int]:
@@ -93,7 +93,12 @@ def table_of_claims(verdicts: dict[str, Verdict]) -> str:
     """Return a table: claim, verdict and main effects of each figure."""
     rows = [["figure", "claim", "verdict", "main effect, 95 % interval"]]
     rows += [
-        [linked(name), FIGURES[name].claim, _cell(one), "; ".join(_main_effects(one))]
+        [
+            linked(name),
+            FIGURES[name].claim,
+            _cell(one),
+            "; ".join(_main_effects(one)) or "–",
+        ]
         for name, one in verdicts.items()
     ]
     return markdown(rows)
@@ -166,11 +171,19 @@ def head(figure: Figure, verdict: Verdict) -> str:
         counts = f"of {len(kinds)} parts, {numbers}"
         if len(set(kinds)) == 1:
             counts = f"all {len(kinds)} parts are {kinds[0]}"
-    said = sentences(counts, verdict.reason)
+    said = sentences(_claims(verdict), counts, verdict.reason)
     return (
         f"### {figure.name}\n\n**Claim.** {figure.claim}\n\n"
         f"**Verdict: {verdict.verdict}.** {said}".rstrip()
     )
+
+
+def _claims(verdict: Verdict) -> str:
+    """Return the verdicts on two or three claims that have parts of their own."""
+    found = {name: one for name, one in verdict.parts.items() if one.verdict}
+    if not 1 < len(found) < 4 or not any(one.parts for one in found.values()):
+        return ""
+    return _listed(f"*{name}* is {one.verdict}" for name, one in found.items())
 
 
 def _table(name: str, rows: Named) -> str:
@@ -180,7 +193,7 @@ def _table(name: str, rows: Named) -> str:
     for label, (_, one) in zip(labels, rows, strict=True):
         effect = one.effect
         assert effect is not None
-        cells = effect.value(), effect.p_value(), effect.counted()
+        cells = effect.value(), effect.p_value() or "–", effect.counted()
         lines.append([label, one.verdict, *cells])
     what = f"**{name[0].upper()}{name[1:]}**{f' ({common})' if common else ''}"
     return f"{what}\n\n{markdown(lines)}"

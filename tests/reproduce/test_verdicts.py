@@ -192,7 +192,7 @@ def test_measurements_of_one_claim_must_agree():
     for other in (open_, noes[0]):
         found = agreed([yes, other], cases)
         assert found.verdict == UNDECIDED and found.p_against == 1.0
-        said = f"if shared, it is borne out; if not, it is {other.verdict}"
+        said = f"if shared, the part is borne out; if not, the part is {other.verdict}"
         assert found.reason == "first" and found.remarks == (said,)
     assert agreed([yes, Verdict(NOT_TESTABLE)], cases).verdict == NOT_TESTABLE
     assert agreed(iter([open_, None]), cases) == open_  # the second is not made

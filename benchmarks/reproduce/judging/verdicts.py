@@ -189,7 +189,7 @@ def agreed(found: Iterable[Verdict], cases: Sequence[str]) -> Verdict:
         kinds = [each.verdict for each in made]
         if len(set(kinds)) > 1:
             pairs = zip(cases, kinds, strict=False)
-            text = "; ".join(f"{case}, it is {kind}" for case, kind in pairs)
+            text = "; ".join(f"{case}, the part is {kind}" for case, kind in pairs)
             kind = NOT_TESTABLE if NOT_TESTABLE in kinds else UNDECIDED
             return replace(
                 made[0],
