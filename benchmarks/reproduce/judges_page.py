@@ -35,25 +35,25 @@ other sets and about other trainings.
 the mean oracle. It is tested on all sets. The harder half of the sets must start more
 than five points from their oracles on average.
 
-**Slower** compares the share of the gap that remained, on average over the run. These
-conditions must hold, or the claim is not testable:
+**Slower** compares the share of the gap that remained, on average over the run. It is
+compared as an angle, whose tangent is the share, because the share itself jumps where
+noise makes a gap 0 or less. The movement of the same measure on retained images is
+subtracted from the gap, because a loss of accuracy on all images is no unlearning.
+Forgotten images may not share this movement, so the verdict must be the same without
+the subtraction. By UA it must also be the same if forgotten images end with as many
+more errors than the oracles make as test images do. Otherwise it is *undecided*.
 
-- Only sets with a gap of more than five points are judged, at least {fewest}. One
-  training and one oracle choose these sets, and the others measure them. Every training
-  and every oracle chooses in turn. A verdict stands if two thirds of these choices give
-  it, and their number is shown.
-- The share is compared as an angle, whose tangent is the share. It goes on where noise
-  makes a gap 0 or less, at which the share itself jumps.
-- A run has at least eight epochs, closes at least a fifth of the gap, and closes at
+Only sets with a gap of more than five points are judged. One training and one oracle
+choose these sets, and the others measure them. Every training and every oracle chooses
+in turn. A verdict stands if two thirds of these choices give it, and their number is
+shown. *Slower* is *not testable yet* unless all these conditions hold:
+
+- At least {fewest} sets have such a gap.
+- A run has at least eight epochs, closes at least a fifth of the gap in total, and at
   most half of it in the first epoch.
-- The movement of the same measure on retained images is subtracted from the gap,
-  because a loss of accuracy on all images is no unlearning. If this movement exceeds
-  five points on average, nothing is judged.
-- Forgotten images may not share this movement, so the verdict must be the same without
-  the subtraction. By UA it must also be the same if forgotten images end with as many
-  more errors than the oracles make as test images do.
-- No set may overshoot its oracles by more than five points, on average over the
-  trainings. No run may cost more than five points of test accuracy.
+- The measure on retained images moved by at most five points on average.
+- No set overshot its oracles by more than five points, on average over the trainings.
+- No run cost more than five points of test accuracy.
 
 Farther and slower both need at least five trainings and three oracles for each set. A
 trend over the sets of one data set may come from a few classes that differ. It is
@@ -65,7 +65,7 @@ gap before and after the run, as a share of the larger one. The test bets on eac
 and assumes no distribution. Its price is power. The interval beside it is Student's,
 which does assume one. So an interval can exclude 0 although the claim is undecided.
 
-**Two groups of sets** (fig3, methods) are compared by permuting the sets, and Welch's
+**Two groups of sets** (fig3, methods, attack) are compared by permuting the sets, and Welch's
 test must agree. The interval is Welch's. Figure 3 compares four sets with four others,
 which is too few to refute one of its many parts. Figure 8 compares the smallest with
 the largest size of the forget sets, and no other.
@@ -77,7 +77,7 @@ lie within the margin, so noise leaves the claim undecided instead of confirming
 claim is about the sets that were measured, in trainings like those that were run. The
 baseline of fig1-right needs ten pairs of oracles, so each set has five oracles there.
 
-**Correlations over images** (fig2, fig9, ranks, literal) have the class as their unit,
+**Correlations over images** (fig2, fig9, ranks, literal, attack) have the class as their unit,
 because images of one class resemble each other. They are measured within each class, so
 scores that only tell classes apart do not correlate. Classes of fewer than 30 images
 are left out. The mean over classes must be above a limit both as it is and after

@@ -77,8 +77,8 @@ unlearning score.
 **The unit is the set.** All trainings (seeds) that unlearn a set share its images and
 its oracles, so more trainings do not make a result hold for other sets. Trainings are
 averaged, and the test asks how often a random order of the sets would look as clear.
-Correlations over images (fig2, fig9, ranks, literal) are measured within each class,
-with the class as the unit. Figures that unlearn the same sets of the same trainings
+Correlations over images (fig2, fig9, ranks, literal, attack) are measured within each
+class, with the class as the unit. Figures that unlearn the same sets of the same trainings
 share their gaps before unlearning (fig1-middle, fig5, fig6, rates), so they do not
 confirm each other.
 
