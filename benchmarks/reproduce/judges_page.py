@@ -65,10 +65,10 @@ gap before and after the run, as a share of the larger one. The test bets on eac
 and assumes no distribution. Its price is power. The interval beside it is Student's,
 which does assume one. So an interval can exclude 0 although the claim is undecided.
 
-**Two groups of sets** (fig3, methods, attack) are compared by permuting the sets, and Welch's
-test must agree. The interval is Welch's. Figure 3 compares four sets with four others,
-which is too few to refute one of its many parts. Figure 8 compares the smallest with
-the largest size of the forget sets, and no other.
+**Two groups of sets** (fig3, methods, attack) are compared by permuting the sets, and
+Welch's test must agree. The interval is Welch's. Figure 3 compares four sets with four
+others, which is too few to refute one of its many parts. Figure 8 compares the smallest
+with the largest size of the forget sets, and no other.
 
 **Alike** (fig1-right, fig4, fig5) means that every set lies within a fixed margin: five
 points of accuracy and a factor of 1.25 in a bound between any two sets, and 1.5 times
@@ -77,11 +77,12 @@ lie within the margin, so noise leaves the claim undecided instead of confirming
 claim is about the sets that were measured, in trainings like those that were run. The
 baseline of fig1-right needs ten pairs of oracles, so each set has five oracles there.
 
-**Correlations over images** (fig2, fig9, ranks, literal, attack) have the class as their unit,
-because images of one class resemble each other. They are measured within each class, so
-scores that only tell classes apart do not correlate. Classes of fewer than 30 images
-are left out. The mean over classes must be above a limit both as it is and after
-Fisher's artanh. So must a lead over another correlation, which is shown after artanh.
+**Correlations over images** (fig2, fig9, ranks, literal, attack) have the class as
+their unit, because images of one class resemble each other. They are measured within
+each class, so scores that only tell classes apart do not correlate. Classes of fewer
+than 30 images are left out. The mean over classes must be above a limit both as it is
+and after Fisher's artanh. So must a lead over another correlation, which is shown after
+artanh.
 
 **Intervals** are two-sided 95 % intervals and show how large an effect is. Verdicts
 follow from the p-values, which are one-sided, of the named side, and compared with
