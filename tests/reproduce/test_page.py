@@ -88,8 +88,9 @@ def test_figures_not_run_are_listed_as_such(tmp_path):
 def test_a_section_has_tables_of_effects_reasons_and_remarks(tmp_path):
     text = section(FIGURES["fig6"], verdict_of_sets(), tmp_path / "none.md")
     for line in (
-        "**Verdict: not testable yet.** Of 4 parts, 1 is borne out, 2 are undecided "
-        "and 1 is not testable yet.",
+        "**Verdict: not testable yet.** *farther* is undecided and *slower* is not "
+        "testable yet. Of 4 parts, 1 is borne out, 2 are undecided and 1 is not "
+        "testable yet.",
         "**Correlation of difficulty with the gap** (farther)",
         "| UA | undecided | 0.80 [0.70, 0.90] | above 0: 0.001 | 9 sets, 5 trainings |",
         "| slower, MIA | Nothing was unlearned. |",
