@@ -126,10 +126,8 @@ def _predicted(result: Content) -> str:
 
 
 DESCRIPTIONS: dict[str, Callable[[Content], str]] = {
-    "fig1-left": _panels,
     "fig1-right": _barriers,
     "fig7": _panels,
-    "fig8": _panels,
     "methods": _methods,
     "private": _private,
     "predicted": _predicted,

@@ -79,8 +79,8 @@ its oracles, so more trainings do not make a result hold for other sets. Trainin
 averaged, and the test asks how often a random order of the sets would look as clear.
 Correlations over images (fig2, fig9, ranks, literal, attack) are measured within each
 class, with the class as the unit. Figures that unlearn the same sets of the same
-trainings share their gaps before unlearning (fig1-middle, fig5, fig6, rates), so they
-do not confirm each other.
+trainings share their gaps before unlearning (fig1-middle, fig5, fig6, rates, and fig8
+for its larger sets), so they do not confirm each other.
 
 **Verdicts.** A claim is *borne out* if a test says so for all its parts, and *not borne
 out* if one part contradicts it more clearly than chance would among so many parts. The
