@@ -120,8 +120,8 @@ def _private(result: Content) -> str:
 def _predicted(result: Content) -> str:
     """Say why the predictions were none."""
     return (
-        "The fit for a training used the runs of the other trainings on the same sets, "
-        "so no set was predicted from others."
+        "It predicted the time of a training from the other trainings on the same "
+        "sets, so it says nothing of other sets and its numbers are not shown."
     )
 
 

@@ -57,9 +57,18 @@ def _order_of(verdicts: dict[str, Verdict], claim: str) -> str:
     where = "; ".join(
         f"{kind} in {_listed(dict.fromkeys(names))}" for kind, names in figures.items()
     )
-    return (
-        f"{_SAID[claim]} {where}. {_range_of([one.estimate for one in found])}".strip()
-    )
+    said = f"{_SAID[claim]} {where}. {_range_of([one.estimate for one in found])}"
+    if (different := len(set(found))) < len(found):
+        said += (
+            f" Only {different} of these {len(found)} are different; the others repeat "
+            "numbers of the same sets and trainings."
+        )
+    if claim == SLOWER:
+        said += (
+            " They depend on the assumed movement of forgotten images: see *Slower in "
+            "detail* [below](#how-to-read-this-page)."
+        )
+    return said.strip()
 
 
 def _range_of(values: list[float]) -> str:
@@ -69,7 +78,7 @@ def _range_of(values: list[float]) -> str:
     low, high = f"{min(values):.2f}", f"{max(values):.2f}"
     middle = f"are {low}" if low == high else f"lie between {low} and {high}"
     against = "; all are negative, the opposite of the claim" if max(values) < 0 else ""
-    return f"The measured correlations {middle}{against}."
+    return f"The correlations in the tables {middle}{against}."
 
 
 def _counts(kinds: list[str]) -> dict[str, int]:
@@ -137,7 +146,7 @@ def _by_effect(verdict: Verdict) -> dict[str, Named]:
 
 
 def section(figure: Figure, verdict: Verdict, table: Path) -> str:
-    """Return the section of a figure: claim, verdict, tables of its parts, picture.
+    """Return the section of a figure: claim, note, verdict, tables, picture.
 
     Args:
         figure: The figure.
@@ -160,7 +169,7 @@ def section_of_earlier(figure: Figure, verdict: Verdict, description: str) -> st
 
 
 def head(figure: Figure, verdict: Verdict) -> str:
-    """Return the head of a section: claim, verdict, and how many parts have which."""
+    """Return the head of a section: claim, note, verdict, how many parts have which."""
     kinds = [one.verdict for one in verdict.judged]
     counts = ""
     if len(kinds) > 1:
@@ -172,8 +181,10 @@ def head(figure: Figure, verdict: Verdict) -> str:
         if len(set(kinds)) == 1:
             counts = f"all {len(kinds)} parts are {kinds[0]}"
     said = sentences(_claims(verdict), counts, verdict.reason)
+    claim = f"**Claim.** {figure.claim}\n\n"
+    note = f"**Measured.** {figure.note}\n\n" if figure.note else ""
     return (
-        f"### {figure.name}\n\n**Claim.** {figure.claim}\n\n"
+        f"### {figure.name}\n\n{claim}{note}"
         f"**Verdict: {verdict.verdict}.** {said}".rstrip()
     )
 

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.reproduce.judging import ranks
+from benchmarks.reproduce.judging.choices import choices
 from benchmarks.reproduce.judging.order import (
     FARTHER,
     SLOWER,
@@ -193,7 +194,7 @@ def test_values_that_are_not_finite_do_not_rise():
         ({"oracles": 2}, [FARTHER, SLOWER], "2 oracles of each set; at least 3"),
         ({"seeds": 4}, [FARTHER, SLOWER], "4 trainings; at least 5"),
         ({"epochs": 7}, [SLOWER], "7 epochs of unlearning; at least 8"),
-        ({"speed": 0.0}, [SLOWER], "nothing was unlearned"),
+        ({"speed": 0.0}, [SLOWER], "too little was unlearned"),
         ({"speed": 2.0}, [SLOWER], "closed in the first epoch"),
         ({"start": 0.0}, [FARTHER, SLOWER], "to forget"),
     ],
@@ -279,4 +280,20 @@ def test_both_claims_are_judged_over_all_measures():
     assert found.parts[SLOWER].verdict == BORNE_OUT
     assert found.parts[FARTHER].verdict != BORNE_OUT
     assert set(found.parts[FARTHER].parts) == {"UA", "MIA"}
-    assert "UA, runs" in found.parts
+
+
+def test_a_verdict_on_speeds_has_the_correlations_of_all_choices():
+    runs = drawn(SLOW)
+    (said,) = (one for one in judge_slower(runs).remarks if "all choices: " in one)
+    found = [
+        np.corrcoef(
+            stats.rankdata(runs.difficulty[judged]),
+            stats.rankdata(
+                some.rest().only(judged).unlearned().slowness(), axis=1
+            ).mean(0),
+        )[0, 1]
+        for (some,) in choices(runs)
+        for judged in [some.something_to_forget()]
+    ]
+    shown = f"shared {min(found):.2f} to {max(found):.2f}; not shared "
+    assert shown in said and "; as test images " in said

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks.reproduce.earlier import DESCRIPTIONS, crossings_and_ends, described
 from benchmarks.reproduce.figures import FIGURES
+from benchmarks.reproduce.figures.drawing import table_of
 from benchmarks.reproduce.judging.effects import Effect
 from benchmarks.reproduce.judging.verdicts import (
     BORNE_OUT,
@@ -23,7 +25,7 @@ from benchmarks.reproduce.page import (
     stored,
     whole_pages,
 )
-from benchmarks.reproduce.sections import section, summary, table_of_claims
+from benchmarks.reproduce.sections import head, section, summary, table_of_claims
 
 SCALE = {
     "sgd": {
@@ -115,7 +117,40 @@ def test_the_summary_says_where_harder_sets_are_farther_and_slower():
     text = summary({"fig6": verdict_of_sets(), "fig2": Verdict(BORNE_OUT)})
     assert "lie between 0.70 and 0.80." in text
     assert "are -0.40; all are negative, the opposite of the claim." in text
+    assert "are different" not in text
     assert f"*{FIGURES['fig2'].claim[:-1]}* ([fig2](#fig2))." in text
+
+
+def test_the_summary_counts_a_repeated_number_once():
+    found = {"fig6": verdict_of_sets(), "fig8": verdict_of_sets()}
+    assert "Only 2 of these 4 are different" in summary(found)
+
+
+def test_a_note_stands_under_the_claim():
+    lines = head(FIGURES["fig9"], Verdict(BORNE_OUT)).split("\n\n")
+    assert lines[2] == f"**Measured.** {FIGURES['fig9'].note}"
+    assert not FIGURES["fig6"].note and "Measured" not in head(
+        FIGURES["fig6"], Verdict(BORNE_OUT)
+    )
+
+
+def test_the_table_of_runs_has_shares_of_the_mean_gap():
+    gaps = np.zeros((2, 3, 3))
+    gaps[:, 1:] = [[-0.4, -0.2, -0.1], [-0.2, -0.1, -0.1]]  # the first has none
+    panel = {
+        "mean_losses": [1, 2, 3],
+        **dict.fromkeys(("gaps", "moved"), {"UA": gaps, "MIA": 2 * gaps}),
+        "oracles": dict.fromkeys(("UA", "MIA"), np.zeros((3, 3))),
+        "lost": np.full((2, 3), 0.02),
+    }
+    lines = table_of({"SGD": panel}).splitlines()
+    shares = "0.300 → 0.100 | 67 % | 58 % | 0 % | 0 % | 0 % | 0 %"
+    assert lines[2:] == [
+        f"| SGD, UA | 2 of 3 | {shares} | 2.0 points below the oracles' |",
+        f"| SGD, MIA | 2 of 3 | {shares.replace('300', '600').replace('100', '200')} "
+        "| 2.0 points below the oracles' |",
+    ]
+    assert table_of({"SGD": panel}, ("UA",)).splitlines()[2].startswith("| SGD | ")
 
 
 def test_a_second_run_is_the_same_or_says_what_it_found():

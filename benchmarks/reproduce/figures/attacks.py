@@ -386,8 +386,9 @@ def _draw_attack(ax: Axes, result: Result, found: dict[str, Any]) -> None:
 FIGURES = [
     Figure(
         "attack",
-        "After unlearning, U-LiRA and KLOM see more of a forgotten example the higher "
-        "its privacy loss, and more than of equally hard retained examples.",
+        "Beyond the paper: after unlearning, U-LiRA and KLOM see more of a forgotten "
+        "example the higher its privacy loss, and more than of equally hard retained "
+        "examples.",
         _units,
         _result,
         _judge,

@@ -130,7 +130,7 @@ def _draw_certified(result: Result) -> Picture:
     ax.set_xlabel(f"examples to forget, of {result['rows'][0]['num_examples']}")
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.minorticks_off()
-    ax.legend(frameon=False, fontsize="small")
+    picture.legend(loc="outside upper center", ncols=2, frameon=False, fontsize="small")
     return picture
 
 
@@ -143,14 +143,20 @@ FIGURES = [
         _groups,
         _judge_groups,
         _draw_groups,
+        note="An experiment of its own: handwritten digits and a small network, "
+        "trained by SGLD with σ = 0.1. The bound limits a Rényi divergence of order 8. "
+        "The *coupled value* is this library's estimate of it for the same sets.",
     ),
     Figure(
         "certified",
-        "With known constants this library certifies unlearning in fewer steps than "
-        "Corollary 4.4.",
+        "Beyond the paper: with known constants this library certifies unlearning in "
+        "fewer steps than Corollary 4.4.",
         _certified_units,
         _certified,
         _judge_certified,
         _draw_certified,
+        note="An experiment of its own: logistic regression on 286 images of the "
+        "digits 3 and 8, where all constants are known. Steps are counted until ε = 1 "
+        "at δ = 1e-5; training again from scratch takes 500.",
     ),
 ]

@@ -23,12 +23,14 @@ class Figure:
 
     Attributes:
         name: Its name on the command line.
-        claim: The paper's claim in one sentence.
+        claim: The claim in one sentence; one beyond the paper says so.
         units: Returns the jobs that it needs at a scale.
         result: Returns its numbers, as JSON, from the stored results of the jobs.
         judge: Returns the verdict on the claim.
         draw: Draws a result.
-        table: Returns a Markdown table of a result; None for most figures.
+        table: Returns a Markdown table of a result; None for some figures.
+        note: What is measured and drawn, and what limits it. It stands under the claim.
+            Empty for pictures that show set by set what the page explains once.
     """
 
     name: str
@@ -38,3 +40,4 @@ class Figure:
     judge: Callable[[Result], Verdict]
     draw: Callable[[Result], Picture]
     table: Callable[[Result], str] | None = None
+    note: str = ""

@@ -63,9 +63,7 @@ def _at(workspace: Workspace, experiment: Experiment, rate: float) -> dict[str, 
 def _table(result: Result) -> str:
     """Return a Markdown table of the rates, and the rate of the search."""
     rate = result["searched"]["learning_rate"]
-    return (
-        table_of(result["panels"], "UA") + f"\nThe search chose the rate {rate:.3g}.\n"
-    )
+    return table_of(result["panels"]) + f"\nThe search chose the rate {rate:.3g}.\n"
 
 
 FIGURES = [

@@ -77,14 +77,15 @@ def _table(result: Result) -> str:
         searched += (
             f"The search could not distinguish the settings for {', '.join(idle)}.\n"
         )
-    return table_of(result["panels"], "UA") + searched
+    return table_of(result["panels"], ("UA",)) + searched
 
 
 FIGURES = [
     Figure(
         "methods",
-        "The privacy loss predicts difficulty for every unlearning method: harder "
-        "sets are farther and slower, and the hardest quarter is slower than the rest.",
+        "Beyond the paper: the privacy loss predicts difficulty for every unlearning "
+        "method: harder sets are farther and slower, and the hardest quarter is slower "
+        "than the rest.",
         _units,
         _result,
         _judge,

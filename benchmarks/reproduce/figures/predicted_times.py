@@ -68,8 +68,9 @@ def _draw(result: Result) -> Picture:
 FIGURES = [
     Figure(
         "predicted",
-        "The privacy loss predicts how long unlearning takes: at equal cost, budgets "
-        "from it leave less of the gap than one budget for all sets.",
+        "Beyond the paper: the privacy loss predicts how long unlearning takes: at "
+        "equal cost, budgets from it leave less of the gap than one budget for all "
+        "sets.",
         _units,
         _result,
         lambda result: combined(

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.experiment import Experiment
-from benchmarks.reproduce.figures.drawing import draw_panels
+from benchmarks.reproduce.figures.drawing import draw_panels, table_of
 from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.forget_sets import sets_of
 from benchmarks.reproduce.judging.order import judge_panel
@@ -108,10 +108,11 @@ FIGURES = [
     Figure(
         "private",
         "Beyond the paper: harder sets are farther and slower in models trained by "
-        "DP-SGD too, where clipping leaves harder ones to choose.",
+        "DP-SGD too, unless clipping gives most images the same loss.",
         _units,
         _result,
         _judge,
         lambda result: draw_panels(result["panels"]),
+        lambda result: table_of(result["panels"]),
     )
 ]

@@ -167,5 +167,9 @@ FIGURES = [
         _pictures,
         _judge_pictures,
         _draw_pictures,
+        note="*Atypical* is measured by how many of the 10 nearest training images (by "
+        "pixels) have another label; this share is correlated with the privacy loss, "
+        "on up to 1,000 images drawn at random. The picture shows the eight images of "
+        "lowest and the eight of highest loss.",
     ),
 ]

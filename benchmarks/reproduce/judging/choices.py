@@ -81,6 +81,8 @@ def by_every_choice(judge: Callable[..., Verdict], *runs: Runs) -> Verdict:
         p_against = sorted(one.p_against for one in found)[needed - 1]
     assert shown in (BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, NOT_TESTABLE)
     said = f"{agree} of {len(found)} {_CHOICES} give this verdict"
+    if shown == NOT_TESTABLE and len(set(texts)) > 1:
+        said += ", some of them with another number or reason"
     return _said_of(common, shown, p_against, said)
 
 

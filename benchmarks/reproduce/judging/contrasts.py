@@ -81,7 +81,7 @@ def larger(first: ArrayLike, second: ArrayLike, what: str) -> Verdict:
     over_trainings = student(one.mean(1) - two.mean(1))
     interval = mean_interval(relative)
     effect = Effect(what, *interval, units=f"{len(top)} sets", trainings=len(one))
-    remark = f"on average {means[0].mean():.3f} against {means[1].mean():.3f}"
+    remark = f"the mean goes from {means[0].mean():.3f} to {means[1].mean():.3f}"
     return _verdict(over_sets, over_trainings, effect, remark)
 
 

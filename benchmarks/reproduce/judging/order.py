@@ -41,14 +41,26 @@ correlation is above 0. Borne out if chance correlates as highly in at most 2.5 
 borne out if it correlates as lowly in at most 2.5 %, else undecided.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from benchmarks.reproduce.judging.choices import by_every_choice
-from benchmarks.reproduce.judging.ranks import RankTest, rank_test, student_quantile
-from benchmarks.reproduce.judging.runs import ACCOUNTS, MOST_LOST, MOST_MOVED, Runs
+from benchmarks.reproduce.judging.choices import by_every_choice, choices
+from benchmarks.reproduce.judging.ranks import (
+    RankTest,
+    rank_correlation,
+    rank_test,
+    student_quantile,
+)
+from benchmarks.reproduce.judging.runs import (
+    ACCOUNTS,
+    MOST_LOST,
+    MOST_MOVED,
+    SHORTLY,
+    Runs,
+)
 from benchmarks.reproduce.judging.verdicts import (
     NOT_TESTABLE,
     Verdict,
@@ -56,7 +68,6 @@ from benchmarks.reproduce.judging.verdicts import (
     combined,
     of_tests,
     text_of,
-    with_remark,
 )
 from opacus_pi.evaluation.intervals import mean_interval
 
@@ -75,8 +86,7 @@ Bools = NDArray[np.bool_]
 
 def judge_order(runs: Runs) -> Verdict:
     """Decide whether harder sets are farther, and whether they are slower."""
-    found = combined({FARTHER: judge_farther(runs), SLOWER: judge_slower(runs)})
-    return with_remark(found, "runs", described(runs))
+    return combined({FARTHER: judge_farther(runs), SLOWER: judge_slower(runs)})
 
 
 def judge_farther(runs: Runs) -> Verdict:
@@ -93,7 +103,23 @@ def judge_slower(runs: Runs) -> Verdict:
     reason = runs.unusable() or too_little(runs) or _too_short(runs)
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    return by_every_choice(slower_by_first, runs)
+    found = by_every_choice(slower_by_first, runs)
+    if not found.effect:
+        return found
+    return replace(found, remarks=(*found.remarks, _by_account(runs)))
+
+
+def _by_account(runs: Runs) -> str:
+    """Return the correlations by each account of what is shared, over all choices."""
+    rows = []
+    for (some,) in choices(runs):
+        judged = some.something_to_forget()
+        if judged.sum() >= FEWEST_SETS:
+            x, scores = runs.difficulty[judged], slowness_of(some, judged)
+            rows.append([rank_correlation(x, one) for one in scores])
+    ends = zip(SHORTLY, np.min(rows, 0), np.max(rows, 0), strict=False)
+    said = "; ".join(f"{case} {low:.2f} to {high:.2f}" for case, low, high in ends)
+    return f"correlations of all choices: {said}"
 
 
 def slower_by_first(runs: Runs) -> Verdict:
@@ -189,12 +215,7 @@ def by_claim(found: dict[str, Verdict]) -> Verdict:
         claim: combined({name: one.parts[claim] for name, one in found.items()})
         for claim in (FARTHER, SLOWER)
     }
-    whole = combined(claims)
-    for name, one in found.items():
-        for remark, text in one.parts.items():
-            if not text.verdict:
-                whole = with_remark(whole, f"{name}, {remark}", text.reason)
-    return whole
+    return combined(claims)
 
 
 def too_little(runs: Runs) -> str:
@@ -249,9 +270,10 @@ def idle(runs: Runs) -> str:
         return ""
     over_sets, over_trainings = (mean_interval(closed.mean(axis)) for axis in (0, 1))
     return (
-        "nothing was unlearned on the sets with something to forget: the gap shrinks "
-        f"by {text_of(over_sets)} over sets, {text_of(over_trainings)} over trainings, "
-        f"{100 * share:.0f} % of it; at least {100 * LEAST_CLOSED:.0f} % are needed"
+        "too little was unlearned on the sets with something to forget: without the "
+        f"movement of retained images the gap shrinks by {text_of(over_sets)} over "
+        f"sets, {text_of(over_trainings)} over trainings, {100 * share:.0f} % of it; "
+        f"at least {100 * LEAST_CLOSED:.0f} % are needed"
     )
 
 
@@ -267,9 +289,8 @@ def moved_too_much(runs: Runs) -> str:
     if mean <= MOST_MOVED:
         return ""
     return (
-        f"the metric moved by {mean:.3f} on retained images, on average over the runs; "
-        "with more than five points the movement of the forget set cannot be told from "
-        "it"
+        f"the measure moved by {mean:.3f} on retained images, on average over the "
+        "runs; beyond five points the movement of the forget set cannot be told from it"
     )
 
 
@@ -338,25 +359,6 @@ def arrivals(runs: Runs, judged: Bools) -> dict[str, float]:
         "kept": float((there & kept).mean()),
         "overshot": float((end < -least).mean()),
     }
-
-
-def described(runs: Runs) -> str:
-    """Describe the runs on sets with something to forget."""
-    if runs.unusable():
-        return "the numbers are incomplete"
-    judged = runs.something_to_forget()
-    if not judged.any():
-        return "no set starts more than five points from its oracles"
-    share = {k: f"{100 * v:.0f} %" for k, v in arrivals(runs, judged).items()}
-    to_go = runs.only(judged).to_go.mean((0, 1))
-    return (
-        f"{judged.sum()} sets have something to forget. Of their runs {share['first']} "
-        f"came within five points of the oracles, {share['there']} ended there "
-        f"({share['kept']} at kept test accuracy), and {share['overshot']} ended more "
-        f"than five points beyond. Their mean gap went from {to_go[0]:.3f} to "
-        f"{to_go[-1]:.3f}, and test accuracy ended "
-        f"{beside_oracles(runs.lost[:, judged].mean())}"
-    )
 
 
 def beside_oracles(lost: float) -> str:

@@ -125,6 +125,14 @@ def rank_test(difficulty: ArrayLike, values: ArrayLike) -> RankTest:
     )
 
 
+def rank_correlation(difficulty: ArrayLike, values: ArrayLike) -> float:
+    """Return the correlation of ``rank_test`` alone; 0 if one side is constant."""
+    x, mean = standard_ranks(np.asarray(difficulty)[None])[0], standard_ranks(values)
+    middle = mean.mean(0)
+    length = float(np.linalg.norm(middle))
+    return float(x @ middle / length) if length > _SAME else 0.0
+
+
 def _require_usable(x: Floats, rows: Floats) -> None:
     if not (np.isfinite(x).all() and np.isfinite(rows).all()):
         raise ValueError(
@@ -219,7 +227,7 @@ def student_quantile(freedom: int) -> float:
     return float(stats.t.ppf(1 - _TAIL, freedom)) if freedom else np.inf
 
 
-def standard_ranks(rows: Floats) -> Floats:
+def standard_ranks(rows: ArrayLike) -> Floats:
     """Return the ranks of each row, of mean 0 and length 1; 0 for a constant row.
 
     A product of two such rows is Spearman's correlation.

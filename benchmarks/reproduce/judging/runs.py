@@ -39,6 +39,7 @@ ACCOUNTS = (  # what ``Runs.accounts`` assumes, in this order
     "if they do not share it",
     "if they gain as many errors as test images",
 )
+SHORTLY = ("shared", "not shared", "as test images")  # the same in short
 _METRIC = "gap"
 
 Floats = NDArray[np.float64]

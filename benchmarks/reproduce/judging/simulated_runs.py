@@ -165,8 +165,8 @@ def _scenario(
 PLAIN = Truth()
 SLOW = PLAIN.but(slower=1.5)
 _NOISY = (0.01, 0.15)  # oracles of hard sets vary more
-_FARTHER = "hard sets are farther (1, 3, 5-8, private, rates, methods)"
-_SLOWER = "hard sets are slower (1, 3, 5-8, private, rates, methods)"
+_FARTHER = "hard sets are farther (1 left and middle, 6-8, private, rates, methods)"
+_SLOWER = "hard sets are slower (1 left and middle, 5-8, private, rates, methods)"
 
 _MOVED = PLAIN.but(start=0.3, farther=0.44, gaps=0.02, speed=0.04, speeds=0.1, epochs=8)
 _NEAR = PLAIN.but(start=0.12, farther=0.3, gaps=0.06)

@@ -258,11 +258,11 @@ def _clusters(rng: Rng) -> Verdict:
 
 
 _LARGER = "one value above another on average (1 right, 5)"
-_GROUPS = "one group of sets above another (3, methods)"
+_GROUPS = "one group of sets above another (3, methods, attack)"
 _SHRINKS = "separation shrinks (8)"
 _ALIKE = "every set alike, margin five points (4, 5)"
 _AT_MOST = "every set at most 1.5 times its baseline (1 right)"
-_ABOVE = "correlation within classes above a limit (2, 9, ranks, literal)"
+_ABOVE = "correlation within classes above a limit (2, 9, ranks, literal, attack)"
 _AHEAD = "best proxy (2)"
 
 SCENARIOS = (

@@ -225,8 +225,8 @@ def combined(verdicts: dict[str, Verdict], reason: str = "") -> Verdict:
         return Verdict(NOT_BORNE_OUT, reason, verdicts, least)
     if NOT_BORNE_OUT in kinds:
         one = (
-            f"by itself a part would be not borne out (p = {least:.4f}), but among "
-            f"{len(made)} parts chance produces one so often that this decides nothing"
+            f"the smallest p of a part that is not borne out is {least:.4f}, but among "
+            f"{len(made)} parts chance alone often produces such a p"
         )
         kind = NOT_TESTABLE if NOT_TESTABLE in kinds else UNDECIDED
         return Verdict(kind, "; ".join(filter(None, (reason, one))), verdicts)
