@@ -153,7 +153,7 @@ def test_hardest_sets_of_two_scores_are_compared_by_sets():
     judge = FIGURES["fig3"].judge
     assert judge(hardest(1.0)).verdict == BORNE_OUT
     nearer = judge(hardest(-1.0))  # four sets never refute one of twelve parts (Holm)
-    assert nearer.verdict == UNDECIDED and "would be not borne out" in nearer.because
+    assert nearer.verdict == UNDECIDED and "12 parts chance alone" in nearer.because
     same = judge(hardest(0.0))
     assert same.verdict == UNDECIDED and "chose 50 % of the examples" in same.because
     assert judge(hardest(-2.5)).verdict == NOT_TESTABLE
