@@ -71,18 +71,6 @@ def _crossings(rows: list[list[float | None]]) -> list[str]:
     return [f"{time:g}" if np.isfinite(time) else "never" for time in middle]
 
 
-def _barriers(result: Content) -> str:
-    """Describe the barriers on training images."""
-    name = "training images"
-    found = {
-        "to an oracle, before unlearning": np.mean(result["before"][name], 0),
-        "to an oracle, after unlearning": np.mean(result["after"][name], 0),
-        "between two of three oracles": np.mean(result["baseline"][name], 1),
-    }
-    rows = [[what, *(f"{v:.3f}" for v in values)] for what, values in found.items()]
-    return f"Mean loss barrier on {name}.\n\n" + markdown([["barrier", *SETS], *rows])
-
-
 def _methods(result: Content) -> str:
     """Describe where each method ended on the sets with something to forget."""
     ua = [np.mean(one[_METRICS["UA"]]) for one in result["oracles"]]
@@ -126,7 +114,6 @@ def _predicted(result: Content) -> str:
 
 
 DESCRIPTIONS: dict[str, Callable[[Content], str]] = {
-    "fig1-right": _barriers,
     "fig7": _panels,
     "methods": _methods,
     "private": _private,
