@@ -49,6 +49,7 @@ from benchmarks.reproduce.judging.examples import (
     FEWEST_EXAMPLES,
     Correlations,
     above,
+    artanh,
     within_classes,
 )
 from benchmarks.reproduce.judging.jackknife import group_left, pseudo_values
@@ -71,7 +72,6 @@ METHOD = "fine-tune"
 CORRELATED = 0.3  # Spearman's rho above this counts as confirming the claim
 QUARTERS = 4
 _MOST_CLASSES = 10  # compared in (b); the test lists all divisions of twice as many
-_ONE = 1 - 1e-9  # the largest correlation whose artanh is used
 _BINS = 8  # of the ranks, in the picture
 _AXES = {"U-LiRA": "balanced accuracy of U-LiRA", "KLOM": "KLOM (nats)"}
 WHEN = ("before", "after")
@@ -203,7 +203,7 @@ def _artanh(losses: Floats, seen: Floats) -> float:
     """Return the artanh of Spearman's correlation; NaN if one does not vary."""
     if not (np.ptp(losses) and np.ptp(seen)):
         return float("nan")
-    return float(np.arctanh(np.clip(stats.spearmanr(losses, seen)[0], -_ONE, _ONE)))
+    return float(artanh(stats.spearmanr(losses, seen)[0]))
 
 
 def _places(result: Result) -> Floats:

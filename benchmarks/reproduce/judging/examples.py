@@ -79,6 +79,11 @@ class Correlations:
         )
 
 
+def artanh(correlations: ArrayLike) -> Floats:
+    """Return Fisher's transform of correlations, finite for those of 1 and -1 too."""
+    return np.arctanh(np.clip(correlations, -_ONE, _ONE))
+
+
 def within_classes(first: ArrayLike, second: ArrayLike, labels: ArrayLike) -> Floats:
     """Return Spearman's rank correlation of two scores within each class.
 
@@ -114,7 +119,7 @@ def correlation(found: Correlations) -> ConfidenceInterval:
 
 def _artanh(found: Correlations) -> list[Floats]:
     parts = found.of_classes, found.of_trainings
-    return [np.arctanh(np.clip(one, -_ONE, _ONE)) for one in parts]
+    return [artanh(one) for one in parts]
 
 
 def _by_artanh(found: Correlations) -> Mean:
