@@ -16,12 +16,11 @@ import numpy as np
 from benchmarks.common.report import markdown
 from benchmarks.reproduce.judging.order import FEWEST_SETS, beside_oracles
 from benchmarks.reproduce.judging.runs import LEAST_GAP
-from benchmarks.reproduce.judging.verdicts import DESCRIBED, NOT_TESTABLE, Verdict
+from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict
 
 SETS = ("easiest set", "second", "third", "fourth", "hardest set")
 _METRICS = {"UA": "unlearning_accuracy", "MIA": "membership_inference"}
 _FEW = f"the earlier run has five forget sets, and a test needs at least {FEWEST_SETS}"
-_NO_POWER = "no test with 20 forget sets has any power, and the earlier run had five"
 Content = dict[str, Any]
 
 
@@ -37,10 +36,7 @@ def described(folder: Path, name: str) -> tuple[Verdict, str] | None:
     """
     if name not in DESCRIPTIONS:
         return None
-    kind, reason = (
-        (DESCRIBED, _NO_POWER) if name == "predicted" else (NOT_TESTABLE, _FEW)
-    )
-    return Verdict(kind, reason), DESCRIPTIONS[name](_result(folder, name))
+    return Verdict(NOT_TESTABLE, _FEW), DESCRIPTIONS[name](_result(folder, name))
 
 
 def _result(folder: Path, name: str) -> Content:
@@ -105,19 +101,10 @@ def _private(result: Content) -> str:
     return f"{ties} {_panels(result)}"
 
 
-def _predicted(result: Content) -> str:
-    """Say why the predictions were none."""
-    return (
-        "It predicted the time of a training from the other trainings on the same "
-        "sets, so it says nothing of other sets and its numbers are not shown."
-    )
-
-
 DESCRIPTIONS: dict[str, Callable[[Content], str]] = {
     "fig7": _panels,
     "methods": _methods,
     "private": _private,
-    "predicted": _predicted,
 }
 
 

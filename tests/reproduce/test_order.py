@@ -18,6 +18,7 @@ from benchmarks.reproduce.judging.order import (
     judge_order,
     judge_slower,
     rising,
+    slower_by_first,
 )
 from benchmarks.reproduce.judging.ranks import rank_interval, rank_test
 from benchmarks.reproduce.judging.runs import Runs
@@ -297,3 +298,12 @@ def test_a_verdict_on_speeds_has_the_correlations_of_all_choices():
     ]
     shown = f"shared {min(found):.2f} to {max(found):.2f}; not shared "
     assert shown in said and "; as test images " in said
+
+
+def test_the_effect_shown_is_the_median_of_the_choices_that_give_the_verdict():
+    runs = drawn(SLOW.but(farther=0.5), seed=3)
+    found = judge_slower(runs)
+    each = [slower_by_first(some) for (some,) in choices(runs)]
+    same = [one.effect.estimate for one in each if one.verdict == found.verdict]
+    assert found.effect.estimate == sorted(same)[(len(same) - 1) // 2]
+    assert len(set(same)) > 2

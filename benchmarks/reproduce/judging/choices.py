@@ -68,13 +68,13 @@ def by_every_choice(judge: Callable[..., Verdict], *runs: Runs) -> Verdict:
     agree = kinds.count(shown)
     some = [one for one in found if one.verdict == shown]
     texts = [one.text for one in some]
-    common = some[texts.index(max(texts, key=texts.count))]
+    typical = _typical(some) or some[texts.index(max(texts, key=texts.count))]
     if agree < MOST_OF * len(found):
         counts = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
         testable = kinds.count(NOT_TESTABLE) <= len(found) / 2
         kind = UNDECIDED if testable else NOT_TESTABLE
         said = f"{_CHOICES} give different verdicts: {counts}"
-        return _said_of(common, kind, 1.0, said)
+        return _said_of(typical, kind, 1.0, said)
     p_against = 1.0
     if shown == NOT_BORNE_OUT:
         needed = int(np.ceil(MOST_OF * len(found)))
@@ -83,10 +83,18 @@ def by_every_choice(judge: Callable[..., Verdict], *runs: Runs) -> Verdict:
     said = f"{agree} of {len(found)} {_CHOICES} give this verdict"
     if shown == NOT_TESTABLE and len(set(texts)) > 1:
         said += ", some of them with another number or reason"
-    return _said_of(common, shown, p_against, said)
+    return _said_of(typical, shown, p_against, said)
 
 
-def _said_of(common: Verdict, kind: str, p_against: float, said: str) -> Verdict:
-    """Return the verdict of all choices, with the effect of the most common one."""
-    remarks = (*common.remarks, said)
-    return replace(common, verdict=kind, p_against=p_against, remarks=remarks)
+def _typical(found: list[Verdict]) -> Verdict | None:
+    """Return the verdict with the median effect, the lower of two; None without one."""
+    measured = [(one.effect.estimate, one) for one in found if one.effect]
+    if not measured:
+        return None
+    return sorted(measured, key=lambda pair: pair[0])[(len(measured) - 1) // 2][1]
+
+
+def _said_of(typical: Verdict, kind: str, p_against: float, said: str) -> Verdict:
+    """Return the verdict of all choices, with the effect of a typical one."""
+    remarks = (*typical.remarks, said)
+    return replace(typical, verdict=kind, p_against=p_against, remarks=remarks)
