@@ -246,8 +246,9 @@ now *undecided*.
 Figure 1 (right) now trains five oracles for each set, because its baseline needs ten
 pairs. The pages have tables of effects in place of lists, and the judges have a page of
 their own. A correlation was called *weak* if its interval was below 0.5. The interval
-shows this, so the word is gone. The tables show the effect of the median choice of the
-sets for *slower*, and no longer that of the first one. No verdict changed.
+shows this, so the word is gone. For speeds the tables show the effect of the median
+choice of the sets, and no longer that of the most common or the first one. No verdict
+changed.
 
 ### Rates and noise, 1 December 2026
 

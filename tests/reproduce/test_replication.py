@@ -86,5 +86,4 @@ def test_speeds_of_few_sets_are_given_for_all_choices():
         "oracles": dict.fromkeys(("UA", "MIA"), np.zeros((3, 8))),
         "lost": np.zeros((5, 8)),
     }
-    one = "between 1.00 and 1.00 by"
-    assert speeds_of({"result": panel}) == f"{one} UA and {one} MIA"
+    assert speeds_of({"result": panel}) == "1.00 to 1.00 by UA, 1.00 to 1.00 by MIA"

@@ -111,15 +111,24 @@ def judge_slower(runs: Runs) -> Verdict:
 
 def _by_account(runs: Runs) -> str:
     """Return the correlations by each account of what is shared, over all choices."""
-    rows = []
-    for (some,) in choices(runs):
-        judged = some.something_to_forget()
-        if judged.sum() >= FEWEST_SETS:
-            x, scores = runs.difficulty[judged], slowness_of(some, judged)
-            rows.append([rank_correlation(x, one) for one in scores])
+    rows = slowness_by_choice(runs, FEWEST_SETS)
     ends = zip(SHORTLY, np.min(rows, 0), np.max(rows, 0), strict=False)
     said = "; ".join(f"{case} {low:.2f} to {high:.2f}" for case, low, high in ends)
     return f"correlations of all choices: {said}"
+
+
+def slowness_by_choice(runs: Runs, fewest_sets: int) -> list[list[float]]:
+    """Return correlations of difficulty and slowness, ``[choice][account]``.
+
+    Choices of fewer sets are left out.
+    """
+    rows = []
+    for (some,) in choices(runs):
+        judged = some.something_to_forget()
+        if judged.sum() >= fewest_sets:
+            x, scores = runs.difficulty[judged], slowness_of(some, judged)
+            rows.append([rank_correlation(x, one) for one in scores])
+    return rows
 
 
 def slower_by_first(runs: Runs) -> Verdict:
