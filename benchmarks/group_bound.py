@@ -29,8 +29,7 @@ from benchmarks.common import data
 from benchmarks.common.command_line import parser_of
 from benchmarks.common.report import environment, write_json
 from benchmarks.common.set_ranges import sets_along_range
-from benchmarks.common.training import Recipe, train
-from benchmarks.main_job import DIGITS
+from benchmarks.common.training import DIGITS, Recipe, train
 from opacus_pi import GradNormLedger
 from opacus_pi.accounting import (
     GramLedger,

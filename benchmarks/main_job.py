@@ -31,16 +31,19 @@ from torch import nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from benchmarks.common import data, report
+from benchmarks.common import data
 from benchmarks.common.command_line import parser_of
 from benchmarks.common.facts import facts_of
 from benchmarks.common.models import build_model
+from benchmarks.common.report import write_json
 from benchmarks.common.training import (
+    DIGITS,
     PrivateRecipe,
     Recipe,
     train,
     train_privately,
 )
+from benchmarks.main_job_report import publish
 from opacus_pi import Langevin, PrivacyEngine, Unlearner
 from opacus_pi.difficulty.forget_sets import difficulty_strata, retain_indices
 from opacus_pi.evaluation import OracleCache, evaluate, time_to_unlearn
@@ -83,7 +86,6 @@ class Settings:
     delta: float = 1e-5
 
 
-DIGITS = Recipe("mlp", 60, 64, 0.1, noise_std=0.15)
 IMAGES = Recipe("small-cnn", 30, 128, 0.05, momentum=0.9, noise_std=0.01)
 SETTINGS = {
     "digits": Settings("digits", 0, DIGITS, stratum_size=60, unlearn_epochs=40),
@@ -260,7 +262,7 @@ def saved_seed(
                 f"{path} cannot be read, so seed {seed} is run again.", file=sys.stderr
             )
     result = run_seed(settings, images, seed, out)
-    report.write_json(path, {"settings": described, "result": result})
+    write_json(path, {"settings": described, "result": result})
     return result
 
 
@@ -270,11 +272,16 @@ def main() -> None:
     parser.add_argument("--dataset", choices=data.NAMES, default="digits")
     parser.add_argument("--data-root", type=Path, help="folder of the data set's files")
     parser.add_argument(
-        "--seeds", type=int, default=5, help="number of seeds (at least 3)"
+        "--seeds", type=int, default=5, help="number of seeds (at least 2)"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, help="default: runs/DATASET")
     args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error(
+            f"--seeds must be at least 2, got {args.seeds}: with one seed, nothing "
+            "shows how much the times vary. 5 is usual."
+        )
     matplotlib.use("Agg")
     os.environ["TQDM_DISABLE"] = "1"  # in the workers; here tqdm is imported already
     settings = SETTINGS[args.dataset]
@@ -287,7 +294,7 @@ def main() -> None:
     )
     bar = tqdm(done, total=args.seeds, desc="seeds", unit="seed")
     results = sorted(bar, key=lambda one: one["seed"])
-    report.publish(results, facts_of(settings), out)
+    publish(results, facts_of(settings), out)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,9 @@ class PrivateRecipe(Recipe):
     max_grad_norm: float = 1.0
 
 
+DIGITS = Recipe("mlp", 60, 64, 0.1, noise_std=0.15)  # SGLD on digits
+
+
 def train(
     recipe: Recipe,
     data_set: Dataset,
